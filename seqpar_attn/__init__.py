@@ -1,0 +1,29 @@
+"""Exact attention over sequences that do not fit one GPU.
+
+``ring_attention`` and ``dist_flash_attention`` compute attention over a sequence that is split over the ranks of a
+group; ``shard_batch`` splits a batch; ``LoopbackGroup`` runs several virtual ranks in one process. Importing this
+package loads neither triton nor transformers and does not touch CUDA.
+"""
+
+from .api import dist_flash_attention, ring_attention
+from .batch import ShardedBatch, pad_batch, shard_batch
+from .comm import CommunicationError, LoopbackGroup
+from .layout import Contiguous, Layout, Striped, Zigzag, gather, get_layout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CommunicationError",
+    "Contiguous",
+    "Layout",
+    "LoopbackGroup",
+    "ShardedBatch",
+    "Striped",
+    "Zigzag",
+    "dist_flash_attention",
+    "gather",
+    "get_layout",
+    "pad_batch",
+    "ring_attention",
+    "shard_batch",
+]

@@ -44,7 +44,7 @@ class Span:
         return other.stride == self.stride and other.start == self.position(self.length)
 
 
-def _pairs_up_to(q_first: int, q_end: int, k_first: int, k_end: int, shift: int) -> int:
+def pairs_up_to(q_first: int, q_end: int, k_first: int, k_end: int, shift: int) -> int:
     """Number of pairs (i, j), i in [q_first, q_end), j in [k_first, k_end), with j <= i + shift."""
     keys = k_end - k_first
     if keys <= 0 or q_end <= q_first:
@@ -104,8 +104,8 @@ class Mask:
                 total += (q_end - q_first) * (k_end - k_first)
                 continue
             shift = (query.start - key.start) // query.stride
-            total += _pairs_up_to(q_first, q_end, k_first, k_end, shift)
+            total += pairs_up_to(q_first, q_end, k_first, k_end, shift)
             if self.window_size is not None:
                 too_old = (query.start - key.start - self.window_size) // query.stride
-                total -= _pairs_up_to(q_first, q_end, k_first, k_end, too_old)
+                total -= pairs_up_to(q_first, q_end, k_first, k_end, too_old)
         return total

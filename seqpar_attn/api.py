@@ -1,0 +1,196 @@
+"""The public functions: exact attention over a sequence that is split over the ranks of a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .autograd import attention_op
+from .comm import Group, communicator, group_name
+from .validation import as_boundaries
+
+Boundaries = torch.Tensor | Sequence[int] | None
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    method: str,
+    *,
+    group: Group,
+    layout: str,
+    causal: bool,
+    window_size: int | None,
+    cu_seqlens: Boundaries,
+    softcap: float | None,
+    softmax_scale: float | None,
+    backend: str,
+    deterministic: bool,
+    return_lse: bool,
+    transfer: str,
+    dropout_p: float,
+) -> Any:
+    name = group_name(group)
+    error: ValueError | None = None
+    bounds = None
+    try:
+        if dropout_p:
+            raise ValueError(f"expected dropout_p=0: attention dropout is not supported, got {dropout_p!r}")
+        if softmax_scale is None:
+            if q.dim() != 4 or not q.shape[-1]:
+                raise ValueError(f"expected q of shape [batch, seqlen, nheads, headdim], got {list(q.shape)}")
+            softmax_scale = 1 / math.sqrt(q.shape[-1])
+        if window_size is not None and (isinstance(window_size, bool) or not isinstance(window_size, int)):
+            raise ValueError(f"expected window_size to be a positive int or None, got {window_size!r}")
+        bounds = as_boundaries(cu_seqlens)
+    except ValueError as complaint:
+        error = complaint
+    if error is not None:
+        # Tell the other ranks before raising: they wait for this one.
+        communicator(name, q.device).agree({}, error)
+        raise error
+    out, lse = attention_op(
+        q,
+        k,
+        v,
+        name,
+        method,
+        transfer,
+        layout,
+        causal,
+        window_size,
+        bounds,
+        softcap,
+        softmax_scale,
+        backend,
+        deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: Group = None,
+    layout: str = "zigzag",
+    causal: bool = True,
+    window_size: int | None = None,
+    cu_seqlens: Boundaries = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+    transfer: str = "pull",
+    dropout_p: float = 0.0,
+) -> Any:
+    """Exact attention of a sequence whose tokens are split over the ranks of ``group``, by ring attention.
+
+    Every rank passes the queries, keys and values of its own tokens (its *shard*, see :mod:`seqpar_attn.layout`) and
+    gets the attention output of its own tokens. Differentiable; the result and the gradients are those of one device
+    that holds the whole sequence, and their error does not grow with the number of ranks, because partial results are
+    carried in float32 through the kernels.
+
+    Args:
+        q: ``[batch, seqlen / world_size, nheads, headdim]``, bfloat16, float16, float32 or float64.
+        k: ``[batch, seqlen / world_size, nheads_kv, headdim]``; ``nheads_kv`` divides ``nheads`` (GQA, MQA).
+        v: as ``k``.
+        group: a ProcessGroup, one dimension of a DeviceMesh, None (the default group; one rank without
+            torch.distributed), or a :class:`LoopbackGroup` of virtual ranks, whose shards the tensors hold one after
+            the other along ``seqlen``.
+        layout: which tokens a rank holds: "zigzag" (balanced for causal masks), "contiguous" or "striped".
+        causal: a query sees no later key.
+        window_size: number of keys a query sees, itself included (flash-attn's left window + 1); needs ``causal``.
+        cu_seqlens: document boundaries of the *global* packed sequence, ``[0, ..., seqlen]``; no query sees another
+            document. Integers, best as a list or a CPU tensor (a CUDA tensor is copied to the host).
+        softcap: scores s become ``softcap * tanh(s / softcap)``.
+        softmax_scale: factor of the scores, by default ``1 / sqrt(headdim)``.
+        backend: "auto" or a kernel's name, see ``python -m seqpar_attn info``. A name never falls back to another.
+        deterministic: refuse backends whose gradients may differ from run to run.
+        return_lse: also return the log-sum-exp of the scores, ``[batch, nheads, seqlen / world_size]``, natural
+            logarithm, float32 (float64 for float64 inputs), differentiable.
+        transfer: "pull" (every key block straight from its owner: least bytes), "ring" (from neighbour to neighbour)
+            or "all_gather".
+        dropout_p: must be 0.
+
+    Returns:
+        ``out`` like ``q``, or ``(out, lse)``.
+
+    Raises:
+        ValueError: on every rank, before anything moves, if any rank's input is wrong or two ranks differ.
+        CommunicationError: a rank died or did not come within the group's timeout.
+
+    Sources: Ring Attention (Liu, Zaharia, Abbeel 2023, arXiv 2310.01889); zigzag and striped layouts: Striped
+    Attention (Brandon et al. 2023, arXiv 2311.09431) and the zigzag variant of ring-flash-attention; online softmax:
+    FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        "ring",
+        group=group,
+        layout=layout,
+        causal=causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        backend=backend,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        transfer=transfer,
+        dropout_p=dropout_p,
+    )
+
+
+def dist_flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: Group = None,
+    layout: str = "contiguous",
+    causal: bool = True,
+    window_size: int | None = None,
+    cu_seqlens: Boundaries = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+    transfer: str = "pull",
+    dropout_p: float = 0.0,
+) -> Any:
+    """Exact attention over contiguous shards with DistFlashAttn's load balancing.
+
+    Arguments, result and errors are those of :func:`ring_attention`; ``layout`` must be "contiguous", so tokens need
+    no reordering. Ranks that have no earlier keys left help later ranks: they receive queries, attend their own keys
+    and return a partial result. Every world size is balanced (odd ones and the last step of even ones included).
+
+    Source: DistFlashAttn (Li et al. 2023, arXiv 2310.03294), the algorithm only.
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        "dist_flash",
+        group=group,
+        layout=layout,
+        causal=causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        backend=backend,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        transfer=transfer,
+        dropout_p=dropout_p,
+    )

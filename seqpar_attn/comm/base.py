@@ -1,0 +1,66 @@
+"""The protocol of a communicator: move tensors between ranks while the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Message(NamedTuple):
+    """A tensor to send to, or to fill with what comes from, ``peer`` (a rank of the group)."""
+
+    peer: int
+    tensor: torch.Tensor
+
+
+class Handle(Protocol):
+    def wait(self) -> None:
+        """Order what follows on the compute stream behind the transfers. Does not block the host on CUDA."""
+        ...
+
+
+class Communicator(Protocol):
+    """All ranks of a group, seen from one process.
+
+    ``local_ranks`` are the ranks this process computes for: one of them, or all with ``loopback``.
+    """
+
+    name: str
+    world_size: int
+    local_ranks: tuple[int, ...]
+
+    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> Handle:
+        """Start transfers; one list per local rank. Between two ranks messages match in order.
+
+        The transfers start after the work already on the compute stream. Until ``wait`` nobody may write what is sent
+        or touch what is received. Raises CommunicationError, also from ``wait``, when a peer is gone or too late.
+        """
+        ...
+
+    def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
+        """Compare a call's description across ranks before anything moves.
+
+        ``error`` is this rank's own complaint about its input, if any. If any rank has one, or two ranks differ in a
+        field, every rank raises a ValueError that names the rank and the field.
+        """
+        ...
+
+
+class CommunicationError(RuntimeError):
+    """A peer died, or did not answer within the group's timeout."""
+
+
+def compare(descriptions: Sequence[Mapping[str, object]], errors: Sequence[str | None]) -> None:
+    """Raise the ValueError that every rank of the group has to raise; nothing if all agree."""
+    complaints = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
+    if complaints:
+        raise ValueError("; ".join(complaints))
+    for rank, description in enumerate(descriptions):
+        for name in descriptions[0].keys() | description.keys():
+            first, other = descriptions[0].get(name), description.get(name)
+            if first != other:
+                raise ValueError(
+                    f"expected the same {name} on every rank, got {first!r} on rank 0 and {other!r} on rank {rank}"
+                )

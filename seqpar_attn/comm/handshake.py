@@ -1,0 +1,65 @@
+"""Compare the description of a call across ranks through the group's store, before anything moves.
+
+The store works on the host alone, so a rank with bad input can tell the others without a collective, and a rank that
+never comes is a timeout with a name. Groups on CPU do this on every call. Groups on GPUs do it once per new
+description: host time per call stays small, and a rank that differs only later is named by the timeout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from .base import CommunicationError, compare
+
+_calls: dict[str, int] = defaultdict(int)
+"""Calls so far per group name; never reset, so that a group made again on the same store meets no old keys."""
+
+
+class Handshake:
+    def __init__(self, store: dist.Store, name: str, rank: int, world_size: int, timeout: timedelta, every_call: bool):
+        self.store, self.name, self.rank, self.world_size = store, name, rank, world_size
+        self.timeout, self.every_call = timeout, every_call
+        self._agreed: set[tuple[tuple[str, object], ...]] = set()
+        self._old_key: str | None = None
+
+    def _key(self, call: int, rank: int) -> str:
+        return f"seqpar_attn/{self.name}/{call}/{rank}"
+
+    def agree(self, fields: Mapping[str, object], error: Exception | None) -> bool:
+        """Whether the ranks really talked (False: this description was agreed on before). See Communicator.agree."""
+        call = _calls[self.name]
+        _calls[self.name] += 1
+        description = tuple(sorted(fields.items()))
+        if error is None and not self.every_call and description in self._agreed:
+            return False
+        mine = {"fields": {name: repr(value) for name, value in fields.items()}, "error": error and str(error)}
+        keys = [self._key(call, rank) for rank in range(self.world_size)]
+        try:
+            self.store.set(keys[self.rank], json.dumps(mine))
+            self.store.wait(keys, self.timeout)
+            answers = [json.loads(value) for value in self.store.multi_get(keys)]
+        except Exception as cause:
+            if error is not None:
+                raise error from cause
+            raise CommunicationError(
+                f"rank {self.rank}: handshake of call {call} in group {self.name} failed: "
+                f"ranks {self._missing(keys)} did not join within {self.timeout} ({cause})"
+            ) from cause
+        # Everyone has read the keys of the previous handshake, or would not have joined this one.
+        if self._old_key is not None:
+            self.store.delete_key(self._old_key)
+        self._old_key = keys[self.rank]
+        compare([answer["fields"] for answer in answers], [answer["error"] for answer in answers])
+        self._agreed.add(description)
+        return True
+
+    def _missing(self, keys: list[str]) -> str:
+        try:
+            return str([rank for rank, key in enumerate(keys) if not self.store.check([key])])
+        except Exception as cause:
+            return f"unknown (the store is gone: {cause})"

@@ -1,0 +1,82 @@
+"""All ranks of a group in one process, on the CPU or one GPU: for tests, profiling and virtual ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .base import Message
+
+
+@dataclass(frozen=True)
+class LoopbackGroup:
+    """``world_size`` virtual ranks in this process.
+
+    Tensors given with this group hold the shards of all ranks one after the other along the sequence dimension.
+    """
+
+    world_size: int
+    is_loopback = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.world_size, int) or self.world_size < 1:
+            raise ValueError(f"expected world_size to be a positive int, got {self.world_size!r}")
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class _Event:
+    """Transfers on a side stream; holds the tensors until the compute stream is ordered behind them."""
+
+    def __init__(self, event: torch.cuda.Event, tensors: list[torch.Tensor]):
+        self.event, self.tensors = event, tensors
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+        self.tensors = []
+
+
+class Loopback:
+    """Copies between virtual ranks, on a side stream for CUDA tensors so that they overlap as real transfers do."""
+
+    name = "loopback"
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.local_ranks = tuple(range(world_size))
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Done | _Event:
+        sent: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
+        for source, messages in enumerate(sends):
+            for message in messages:
+                sent[source, message.peer].append(message.tensor)
+        copies = [
+            (message.tensor, sent[message.peer, target].popleft())
+            for target, messages in enumerate(receives)
+            for message in messages
+        ]
+        assert not any(sent.values()), "a message was sent that nobody receives"
+        if not copies or not copies[0][0].is_cuda:
+            for target, source in copies:
+                target.copy_(source)
+            return _Done()
+        device = copies[0][0].device
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        return _Event(event, [tensor for pair in copies for tensor in pair])
+
+    def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
+        if error is not None:
+            raise error

@@ -1,0 +1,230 @@
+"""Which global positions each rank holds, and what follows from it: shards, positions, labels, padding.
+
+A layout cuts a global sequence of ``seqlen`` tokens into the shards of ``world_size`` ranks, all of one length. It
+knows integers and tensors, nothing of attention: :class:`Zigzag` balances causal masks in two chunks per rank,
+:class:`Contiguous` keeps neighbours together, :class:`Striped` deals tokens out like cards.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from .mask import Span
+
+
+def _take(x: torch.Tensor, span: Span, dim: int) -> torch.Tensor:
+    """The tokens of a span: a view."""
+    index: list[slice] = [slice(None)] * x.dim()
+    index[dim] = slice(span.start, span.start + span.length * span.stride, span.stride)
+    return x[tuple(index)]
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """What every layout can do. Subclasses say where the tokens lie (:meth:`chunks`), everything else follows."""
+
+    world_size: int
+    name: ClassVar[str]
+    _factor: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"expected world_size >= 1, got {self.world_size}")
+
+    @property
+    def multiple(self) -> int:
+        """The number that the global sequence length must be divisible by."""
+        return self._factor * self.world_size
+
+    @abstractmethod
+    def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
+        """The spans of ``rank`` when every shard has ``n`` tokens."""
+
+    def chunks(self, seqlen: int) -> tuple[tuple[Span, ...], ...]:
+        """Per rank the spans it holds, in the order of its shard's memory.
+
+        Every rank has the same number of spans; rank r's are chunks ``r * len(spans) + i``.
+        """
+        n = self.shard_length(seqlen)
+        return tuple(self._spans(rank, n) for rank in range(self.world_size))
+
+    def shard_length(self, seqlen: int) -> int:
+        """Tokens per rank. Raises ValueError where ``seqlen`` does not divide."""
+        if seqlen < 0 or seqlen % self.multiple:
+            how = (
+                f"{self._factor} x world_size {self.world_size}" if self._factor > 1 else f"world_size {self.multiple}"
+            )
+            raise ValueError(
+                f"expected seqlen divisible by {self.multiple} ({how}) for layout {self.name!r}, got {seqlen}; "
+                "pad with pad_batch"
+            )
+        return seqlen // self.world_size
+
+    def positions(self, rank: int, seqlen: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Global positions of the tokens of ``rank``'s shard: int64 ``[seqlen / world_size]``."""
+        spans = self._spans(self._checked(rank), self.shard_length(seqlen))
+        parts = [torch.arange(s.length, device=device) * s.stride + s.start for s in spans]
+        return torch.cat(parts)
+
+    def permutation(self, seqlen: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Positions of all shards in rank order, int64 ``[seqlen]``: ``shard_all(x) == x.index_select(dim, it)``."""
+        return torch.cat([self.positions(rank, seqlen, device) for rank in range(self.world_size)])
+
+    def inverse(self, seqlen: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """Where each global position lies in the concatenated shards, int64 ``[seqlen]``."""
+        permutation = self.permutation(seqlen, device)
+        return torch.empty_like(permutation).scatter_(0, permutation, torch.arange(seqlen, device=device))
+
+    def shard(self, x: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
+        """The shard of ``rank`` of a tensor that holds the whole sequence along ``dim``. Contiguous, differentiable."""
+        spans = self._spans(self._checked(rank), self.shard_length(x.shape[dim]))
+        return torch.cat([_take(x, span, dim) for span in spans], dim).contiguous()
+
+    def shard_all(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The shards of all ranks, concatenated in rank order: what the virtual ranks of a LoopbackGroup hold."""
+        chunks = self.chunks(x.shape[dim])
+        return torch.cat([_take(x, span, dim) for spans in chunks for span in spans], dim).contiguous()
+
+    def unshard(self, shards: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+        """Inverse of :meth:`shard`: the whole sequence from the shards of all ranks in rank order. Differentiable."""
+        if len(shards) != self.world_size:
+            raise ValueError(f"expected {self.world_size} shards (one per rank), got {len(shards)}")
+        lengths = [x.shape[dim] for x in shards]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"expected shards of one length along dim {dim}, got {lengths}")
+        return self._join(shards, self.chunks(sum(lengths)), dim)
+
+    def _join(self, shards: Sequence[torch.Tensor], chunks: tuple[tuple[Span, ...], ...], dim: int) -> torch.Tensor:
+        pieces: list[tuple[int, torch.Tensor]] = []
+        for x, spans in zip(shards, chunks, strict=True):
+            offset = 0
+            for span in spans:
+                pieces.append((span.start, x.narrow(dim, offset, span.length)))
+                offset += span.length
+        return torch.cat([part for _, part in sorted(pieces, key=lambda piece: piece[0])], dim)
+
+    def unshard_all(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Inverse of :meth:`shard_all`."""
+        n = self.shard_length(x.shape[dim])
+        return self.unshard([x.narrow(dim, rank * n, n) for rank in range(self.world_size)], dim)
+
+    def _checked(self, rank: int) -> int:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"expected 0 <= rank < world_size {self.world_size}, got {rank}")
+        return rank
+
+
+@dataclass(frozen=True)
+class Zigzag(Layout):
+    """``2 * world_size`` equal chunks; rank r holds an early one, r, and the mirrored late one, 2W-1-r."""
+
+    name: ClassVar[str] = "zigzag"
+    _factor: ClassVar[int] = 2
+
+    def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
+        half = n // 2
+        return Span(rank * half, half), Span((2 * self.world_size - 1 - rank) * half, half)
+
+
+@dataclass(frozen=True)
+class Contiguous(Layout):
+    """Rank r holds the r-th part of the sequence, as two spans so that a schedule can give half of it away."""
+
+    name: ClassVar[str] = "contiguous"
+
+    def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
+        first = n - n // 2
+        return Span(rank * n, first), Span(rank * n + first, n // 2)
+
+
+@dataclass(frozen=True)
+class Striped(Layout):
+    """Rank r holds the positions r, r + W, r + 2W, ..."""
+
+    name: ClassVar[str] = "striped"
+
+    def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
+        return (Span(rank, n, self.world_size),)
+
+    def _join(self, shards: Sequence[torch.Tensor], chunks: tuple[tuple[Span, ...], ...], dim: int) -> torch.Tensor:
+        dim = dim % shards[0].dim()
+        return torch.stack(list(shards), dim + 1).flatten(dim, dim + 1)
+
+
+_LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in (Zigzag, Contiguous, Striped)}
+
+
+def get_layout(name: str, world_size: int) -> Layout:
+    """The layout called ``name`` ("zigzag", "contiguous" or "striped") for ``world_size`` ranks."""
+    if name not in _LAYOUTS:
+        raise ValueError(f"expected one of {sorted(_LAYOUTS)} as layout, got {name!r}")
+    return _LAYOUTS[name](world_size)
+
+
+def resolve_group(group: Any) -> tuple[int, int, dist.ProcessGroup | None]:
+    """``(rank, world_size, process group)`` of what the package takes as ``group``.
+
+    A ProcessGroup, a one-dimensional DeviceMesh, None (the default group if there is one, else a single rank) or a
+    LoopbackGroup; the last one and a single rank have no process group.
+    """
+    if getattr(group, "is_loopback", False):
+        return 0, int(group.world_size), None
+    if hasattr(group, "get_group"):  # a DeviceMesh; raises on its own if it has several dimensions
+        group = group.get_group()
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return 0, 1, None
+    group = dist.group.WORLD if group is None else group
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("expected a group that this process is a member of, got one that it is not in")
+    return rank, dist.get_world_size(group), group
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather and unshard; the gradient is summed over the ranks and every rank keeps its own shard of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
+        ctx.layout, ctx.group, ctx.dim = layout, group, dim
+        shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(layout.world_size)]
+        dist.all_gather(shards, x.contiguous(), group=group)
+        return layout.unshard(shards, dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shards = [ctx.layout.shard(grad, rank, ctx.dim) for rank in range(ctx.layout.world_size)]
+        mine = torch.empty_like(shards[0])
+        dist.reduce_scatter(mine, shards, group=ctx.group)
+        return mine, None, None, None
+
+
+def gather(x_local: torch.Tensor, layout: str | Layout, group: Any = None, dim: int = 1) -> torch.Tensor:
+    """The whole sequence on every rank, from the shards of all ranks: for evaluation and tests.
+
+    ``x_local`` is this rank's shard along ``dim`` (for a LoopbackGroup: all shards concatenated), of one shape and
+    dtype on all ranks. Differentiable with the convention of ``torch.distributed.nn.functional.all_gather``: what is
+    differentiated is the *sum over ranks* of their losses, so the gradients that the ranks have for the gathered
+    tensor are added up. If every rank computes the same loss from it, divide that loss by the world size.
+    """
+    _, world_size, process_group = resolve_group(group)
+    layout = layout_for(layout, world_size)
+    if process_group is None:
+        return layout.unshard_all(x_local, dim)
+    layout.shard_length(x_local.shape[dim] * world_size)
+    result: torch.Tensor = _Gather.apply(x_local, layout, process_group, dim)  # type: ignore[no-untyped-call]
+    return result
+
+
+def layout_for(layout: str | Layout, world_size: int) -> Layout:
+    if isinstance(layout, str):
+        return get_layout(layout, world_size)
+    if layout.world_size != world_size:
+        raise ValueError(f"expected a layout for world_size {world_size} (the group's), got {layout}")
+    return layout

@@ -1,0 +1,77 @@
+"""A call's plan: its schedules, and the masks of its blocks on a device. Remembered, so layers share it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .kernels.base import FULL, BlockMask, interval_mask
+from .layout import get_layout
+from .mask import Mask, MaskKind
+from .schedule import Block, Schedule, Task, build_schedule
+
+
+class Plan:
+    """Schedules of one configuration, and the block masks that were asked for so far."""
+
+    def __init__(self, method: str, transfer: str, layout: str, world_size: int, mask: Mask):
+        spans = get_layout(layout, world_size).chunks(mask.seqlen)
+        self.forward, self.backward = (
+            build_schedule(method, spans, mask, backward=backward, transfer=transfer) for backward in (False, True)
+        )
+        self._masks: dict[tuple[Block, Block, torch.device], BlockMask] = {}
+
+    @functools.cached_property
+    def kinds(self) -> frozenset[MaskKind]:
+        """What a kernel must be able to mask, on any rank: every rank decides alike."""
+        return frozenset(task.kind for row in self.forward.steps for step in row for task in step.tasks)
+
+    def block_mask(self, task: Task, device: torch.device) -> BlockMask:
+        if task.kind is MaskKind.FULL:
+            return FULL
+        key = (task.query, task.key, device)
+        if key not in self._masks:
+            if task.kind is MaskKind.CAUSAL:
+                self._masks[key] = BlockMask(MaskKind.CAUSAL, task.offset)
+            else:
+                self._masks[key] = _interval(self.forward, task, device)
+        return self._masks[key]
+
+
+@functools.lru_cache(maxsize=32)
+def make_plan(method: str, transfer: str, layout: str, world_size: int, mask: Mask) -> Plan:
+    """The plan of a configuration; ValueError for unknown names and lengths that do not divide."""
+    return Plan(method, transfer, layout, world_size, mask)
+
+
+def _positions(schedule: Schedule, block: Block, device: torch.device) -> torch.Tensor:
+    """Global positions of a block's tokens, int64."""
+    spans = [schedule.span(chunk) for chunk in block.chunks]
+    return torch.cat([torch.arange(s.length, device=device) * s.stride + s.start for s in spans])
+
+
+def key_intervals(mask: Mask, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Mask.interval`` for a vector of query positions: global ``(lo, hi)``, int64."""
+    if mask.cu_seqlens is None:
+        lo, hi = torch.zeros_like(positions), torch.full_like(positions, mask.seqlen)
+    else:
+        bounds = torch.tensor(mask.cu_seqlens, device=positions.device)
+        document = torch.searchsorted(bounds, positions, right=True)
+        lo, hi = bounds[document - 1], bounds[document]
+    if mask.causal:
+        hi = positions + 1
+    if mask.window_size is not None:
+        lo = torch.maximum(lo, positions - (mask.window_size - 1))
+    return lo, hi
+
+
+def _interval(schedule: Schedule, task: Task, device: torch.device) -> BlockMask:
+    """A shard is sorted by position, so an interval of positions is an interval of the block's own key indices."""
+    bounds = key_intervals(schedule.mask, _positions(schedule, task.query, device))
+    spans = [schedule.span(chunk) for chunk in task.key.chunks]
+    local = []
+    for bound in bounds:
+        before = [(-((s.start - bound) // s.stride)).clamp(0, s.length) for s in spans]
+        local.append(torch.stack(before).sum(0))
+    return interval_mask(local[0], local[1], schedule.length(task.key))

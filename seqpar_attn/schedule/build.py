@@ -1,0 +1,395 @@
+"""Schedules from a method, a layout's spans and a mask.
+
+A method is a *placement*: for each step and rank, which (query block, key block) pairs it computes. Everything else
+is derived from it: blocks of zero area are dropped, transfers are routed, accumulators are chained, slots are
+assigned. So a method is a short function, and no method is a new code path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ..mask import Mask, MaskKind, Span, pairs_up_to
+from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer
+
+Placement = list[list[list[tuple[Block, Block]]]]
+"""``[step][rank]`` -> (query block, key block) pairs."""
+
+METHODS = ("ring", "dist_flash")
+TRANSFERS = ("pull", "ring", "all_gather")
+
+
+def ring_placement(shards: list[Block]) -> Placement:
+    """Ring attention (Liu et al. 2023): rank r at step t attends the keys of rank r - t."""
+    world_size = len(shards)
+    return [[[(shards[r], shards[(r - t) % world_size])] for r in range(world_size)] for t in range(world_size)]
+
+
+def all_gather_placement(shards: list[Block]) -> Placement:
+    """Own keys first, under the gathering of everybody's; then all others in one step."""
+    ranks = range(len(shards))
+    own = [[(shards[r], shards[r])] for r in ranks]
+    others = [[(shards[r], shards[(r - t) % len(shards)]) for t in ranks if t] for r in ranks]
+    return [own, others]
+
+
+def dist_flash_placement(shards: list[Block]) -> Placement:
+    """DistFlashAttn's balanced causal schedule (Li et al. 2023) on contiguous shards, complete for every world size.
+
+    Rank r at step t attends the keys of rank r - t if there is one, else it helps rank W + r - t: that rank's queries
+    on its own keys. Helping covers the distances W - t, so at odd W it goes on to the last step (W - 1) / 2; at even
+    W the last distance W / 2 belongs to both ranks of a pair, which take half of its queries each.
+    """
+    world_size = len(shards)
+    placement: Placement = [[[(shard, shard)] for shard in shards]]
+    for t in range(1, world_size // 2 + 1):
+        row: list[list[tuple[Block, Block]]] = []
+        for r in range(world_size):
+            helping = r < t
+            query = shards[world_size + r - t] if helping else shards[r]
+            key = shards[r] if helping else shards[r - t]
+            if 2 * t == world_size:
+                half = len(query.chunks) // 2
+                query = Block(query.owner, query.chunks[:half] if helping else query.chunks[half:])
+            row.append([(query, key)])
+        placement.append(row)
+    return placement
+
+
+class _Blocks:
+    """Areas and mask kinds of blocks, for one layout and mask."""
+
+    def __init__(self, mask: Mask, spans: tuple[tuple[Span, ...], ...]):
+        self.mask = mask
+        self.span = [span for rank in spans for span in rank]
+        self._areas: dict[tuple[int, int], int] = {}
+
+    def area(self, query: int, key: int) -> int:
+        pair = (query, key)
+        if pair not in self._areas:
+            self._areas[pair] = self.mask.area(self.span[query], self.span[key])
+        return self._areas[pair]
+
+    def prune(self, query: Block, key: Block) -> tuple[Block, Block] | None:
+        """The smallest sub-blocks that hold every non-empty pair; None when there is none."""
+        pairs = [(i, j) for i in query.chunks for j in key.chunks if self.area(i, j)]
+        if not pairs:
+            return None
+        q_used, k_used = {i for i, _ in pairs}, {j for _, j in pairs}
+        q_chunks = tuple(i for i in query.chunks if min(q_used) <= i <= max(q_used))
+        k_chunks = tuple(j for j in key.chunks if min(k_used) <= j <= max(k_used))
+        return Block(query.owner, q_chunks), Block(key.owner, k_chunks)
+
+    def _joined(self, block: Block) -> Span | None:
+        """The block as one span, if its chunks follow each other in the sequence."""
+        whole = self.span[block.chunks[0]]
+        for chunk in block.chunks[1:]:
+            if not whole.followed_by(self.span[chunk]):
+                return None
+            whole = replace(whole, length=whole.length + self.span[chunk].length)
+        return whole
+
+    def task(self, query: Block, key: Block) -> Task:
+        area = sum(self.area(i, j) for i in query.chunks for j in key.chunks)
+        seqlen_q, seqlen_k = (sum(self.span[c].length for c in block.chunks) for block in (query, key))
+        if area == seqlen_q * seqlen_k:
+            return Task(query, key, MaskKind.FULL, 0, area)
+        # The mask allows no more than causality does, so an equal area means the same set of pairs.
+        if self.mask.causal:
+            joined_q, joined_k = self._joined(query), self._joined(key)
+            offset = None
+            if query.chunks == key.chunks:
+                offset = 0
+            elif joined_q is not None and joined_k is not None:
+                offset = (joined_q.start - joined_k.start) // joined_q.stride
+            if offset is not None and area == pairs_up_to(0, seqlen_q, 0, seqlen_k, offset):
+                return Task(query, key, MaskKind.CAUSAL, offset, area)
+        return Task(query, key, MaskKind.INTERVAL, 0, area)
+
+
+@dataclass
+class _Slot:
+    """A buffer's life on one rank, from the step in which it is first written to the one in which it is last used."""
+
+    rank: int
+    kind: Kind
+    first: int
+    last: int
+    index: int = -1
+
+    def use(self, step: int) -> None:
+        self.first, self.last = min(self.first, step), max(self.last, step)
+
+
+@dataclass
+class _Message:
+    step: int
+    kind: Kind
+    owner: int
+    chunk: int
+    source: int
+    target: int
+    source_slot: _Slot | None
+    target_slot: _Slot
+
+
+class _Builder:
+    """Routes one placement. Tasks are kept mutable as [task, query slot, key slot, query result, key result]."""
+
+    def __init__(self, spans: tuple[tuple[Span, ...], ...], mask: Mask, placement: Placement, backward: bool):
+        self.world_size = len(spans)
+        self.backward = backward
+        self.blocks = _Blocks(mask, spans)
+        self.messages: list[_Message] = []
+        self.slots: list[_Slot] = []
+        self.slot_of: dict[tuple[int, int, int, Kind], _Slot] = {}
+        """(step, rank, task index, kind) -> slot of that task's operand or result."""
+        self.carried: dict[tuple[int, int, int, Kind], set[int]] = defaultdict(set)
+        self.merges: dict[tuple[int, int], list[tuple[Kind, int, int, _Slot]]] = defaultdict(list)
+        """(step, rank) -> (kind, owner, chunk, slot) to merge."""
+        self.tasks: list[list[list[Task]]] = []
+        for row in placement:
+            pruned = [[self.blocks.prune(q, k) for q, k in cell] for cell in row]
+            self.tasks.append([[self.blocks.task(*pair) for pair in cell if pair is not None] for cell in pruned])
+
+    def drop_idle_steps(self) -> None:
+        self.tasks = [row for row in self.tasks if any(row)] or [[[] for _ in range(self.world_size)]]
+
+    def all_tasks(self) -> Iterable[tuple[int, int, int, Task]]:
+        for step, row in enumerate(self.tasks):
+            for rank, cell in enumerate(row):
+                for index, task in enumerate(cell):
+                    yield step, rank, index, task
+
+    def new_slot(self, rank: int, kind: Kind, step: int) -> _Slot:
+        slot = _Slot(rank, kind, step, step)
+        self.slots.append(slot)
+        return slot
+
+    def send(self, step: int, kind: Kind, block: Block, source: int, source_slot: _Slot | None, slot: _Slot) -> None:
+        slot.use(step)
+        if source_slot is not None:
+            source_slot.use(step)
+        for chunk in block.chunks:
+            self.messages.append(_Message(step, kind, block.owner, chunk, source, slot.rank, source_slot, slot))
+
+    # Operands ---------------------------------------------------------------------------------------------------
+
+    def pull(self, kind: Kind) -> None:
+        """Every operand straight from its owner, in the step before its use."""
+        wanted: dict[tuple[int, int, int], list[tuple[int, Block]]] = defaultdict(list)
+        for step, rank, index, task in self.all_tasks():
+            block = task.key if kind is Kind.KV else task.query
+            if block.owner != rank:
+                wanted[step, rank, block.owner].append((index, block))
+        for (step, rank, owner), uses in wanted.items():
+            slot = self.new_slot(rank, kind, step - 1)
+            slot.use(step)
+            union = tuple(sorted({chunk for _, block in uses for chunk in block.chunks}))
+            self.send(step - 1, kind, Block(owner, union), owner, None, slot)
+            for index, _ in uses:
+                self.slot_of[step, rank, index, kind] = slot
+
+    def pass_around(self) -> None:
+        """Keys from rank to rank: b + t gets those of b from its neighbour in step t - 1, as far as anyone reads on."""
+        for owner in range(self.world_size):
+            reads: list[set[int]] = []
+            for step, row in enumerate(self.tasks):
+                cell = row[(owner + step) % self.world_size] if step else []
+                reads.append({c for task in cell if task.key.owner == owner for c in task.key.chunks})
+            slot: _Slot | None = None
+            for step in range(1, len(self.tasks)):
+                ahead = tuple(sorted(set().union(*reads[step:])))
+                if not ahead:
+                    break
+                rank = (owner + step) % self.world_size
+                target = self.new_slot(rank, Kind.KV, step - 1)
+                target.use(step)
+                self.send(step - 1, Kind.KV, Block(owner, ahead), (rank - 1) % self.world_size, slot, target)
+                for index, task in enumerate(self.tasks[step][rank]):
+                    if task.key.owner == owner:
+                        self.slot_of[step, rank, index, Kind.KV] = target
+                slot = target
+
+    # Results ----------------------------------------------------------------------------------------------------
+
+    def return_results(self, kind: Kind) -> None:
+        """Chain partial results over the ranks that add to them, then bring the ends of the chains home.
+
+        What a rank computed in step t travels during t + 1, so a task of step t + 2 or later can start from it: two
+        interleaved chains per chunk hide every transfer, and no separate addition runs until the owner's last one.
+        """
+        ends: dict[int, list[tuple[int, int, _Slot]]] = defaultdict(list)
+        owner_of: dict[int, int] = {}
+        for step, rank, index, task in self.all_tasks():
+            block = task.key if kind is Kind.DKV else task.query
+            if block.owner == rank:
+                continue
+            slot = self.new_slot(rank, kind, step)
+            self.slot_of[step, rank, index, kind] = slot
+            for chunk in block.chunks:
+                owner_of[chunk] = block.owner
+                loose = [end for end in ends[chunk] if end[0] <= step - 2 and end[1] != rank]
+                if loose:
+                    end = max(loose, key=lambda e: e[0])
+                    ends[chunk].remove(end)
+                    self.send(step - 1, kind, Block(block.owner, (chunk,)), end[1], end[2], slot)
+                    self.carried[step, rank, index, kind].add(chunk)
+                ends[chunk].append((step, rank, slot))
+        homes: dict[tuple[int, int, int], _Slot] = {}
+        for chunk, loose in ends.items():
+            owner = owner_of[chunk]
+            for step, rank, slot in loose:
+                key = (step, rank, owner)
+                if key not in homes:
+                    homes[key] = self.new_slot(owner, kind, step + 1)
+                home = homes[key]
+                self.send(step + 1, kind, Block(owner, (chunk,)), rank, slot, home)
+                home.use(step + 2)
+                self.merges[step + 2, owner].append((kind, owner, chunk, home))
+
+    # Assembly ---------------------------------------------------------------------------------------------------
+
+    def assign_slots(self) -> None:
+        """Interval colouring: a slot is free again in the step after its last use."""
+        busy: dict[tuple[int, Kind], list[int]] = defaultdict(list)
+        for slot in sorted(self.slots, key=lambda s: (s.first, s.last)):
+            until = busy[slot.rank, slot.kind]
+            slot.index = next((i for i, last in enumerate(until) if last < slot.first), len(until))
+            until[slot.index : slot.index + 1] = [slot.last]
+
+    def transfers(self, steps: int) -> tuple[list[list[list[Transfer]]], list[list[list[Transfer]]]]:
+        """Sends and receives per step and rank, chunks of one message joined, both sides in the same order."""
+        sends: list[list[list[Transfer]]] = [[[] for _ in range(self.world_size)] for _ in range(steps)]
+        receives: list[list[list[Transfer]]] = [[[] for _ in range(self.world_size)] for _ in range(steps)]
+        joined: dict[tuple[int, Kind, int, int, int, int | None, int], list[int]] = defaultdict(list)
+        for m in self.messages:
+            source_slot = None if m.source_slot is None else m.source_slot.index
+            joined[m.step, m.kind, m.owner, m.source, m.target, source_slot, m.target_slot.index].append(m.chunk)
+        order = {kind: position for position, kind in enumerate(Kind)}
+        for key in sorted(joined, key=lambda k: (k[0], k[3], k[4], order[k[1]], k[2], k[6])):
+            step, kind, owner, source, target, source_slot, target_slot = key
+            block = Block(owner, tuple(sorted(joined[key])))
+            sends[step][source].append(Transfer(kind, block, target, source_slot))
+            receives[step][target].append(Transfer(kind, block, source, target_slot))
+        return sends, receives
+
+    def joined_merges(self, step: int, rank: int) -> list[Merge]:
+        chunks: dict[tuple[Kind, int, int], list[int]] = defaultdict(list)
+        for kind, owner, chunk, slot in self.merges.get((step, rank), ()):
+            chunks[kind, owner, slot.index].append(chunk)
+        return [Merge(kind, Block(owner, tuple(sorted(c))), slot) for (kind, owner, slot), c in chunks.items()]
+
+    def result(self, step: int, rank: int, index: int, kind: Kind) -> Result:
+        slot = self.slot_of.get((step, rank, index, kind))
+        return Result(slot.index if slot else None, tuple(sorted(self.carried[step, rank, index, kind])))
+
+    def steps(self) -> list[list[Step]]:
+        self.assign_slots()
+        count = 1 + max([len(self.tasks) - 1, *(m.step for m in self.messages), *(step for step, _ in self.merges)])
+        sends, receives = self.transfers(count)
+        query_kind = Kind.DQ if self.backward else Kind.OUT
+        rows: list[list[Step]] = []
+        for step in range(count):
+            row = []
+            for rank in range(self.world_size):
+                tasks = []
+                for index, task in enumerate(self.tasks[step][rank] if step < len(self.tasks) else []):
+                    query_slot = self.slot_of.get((step, rank, index, Kind.QUERY))
+                    key_slot = self.slot_of.get((step, rank, index, Kind.KV))
+                    tasks.append(
+                        replace(
+                            task,
+                            query_slot=query_slot.index if query_slot else None,
+                            key_slot=key_slot.index if key_slot else None,
+                            query_result=self.result(step, rank, index, query_kind),
+                            key_result=self.result(step, rank, index, Kind.DKV),
+                        )
+                    )
+                merges = self.joined_merges(step, rank)
+                row.append(Step(tuple(tasks), tuple(merges), tuple(sends[step][rank]), tuple(receives[step][rank])))
+            rows.append(row)
+        return rows
+
+
+def _mark_own_accumulators(rows: list[list[Step]], rank: int, kind: Kind) -> None:
+    """Set ``carried`` and ``final`` of everything that adds to the rank's own accumulator of ``kind``."""
+    is_key = kind is Kind.DKV
+
+    def result_of(task: Task) -> tuple[Block, Result]:
+        return (task.key, task.key_result) if is_key else (task.query, task.query_result)
+
+    last: dict[int, tuple[int, int, int]] = {}
+    for s, row in enumerate(rows):
+        for m, merge in enumerate(row[rank].merges):
+            if merge.kind is kind:
+                last.update({chunk: (s, 0, m) for chunk in merge.block.chunks})
+        for t, task in enumerate(row[rank].tasks):
+            block, result = result_of(task)
+            if result.slot is None:
+                last.update({chunk: (s, 1, t) for chunk in block.chunks})
+    seen: set[int] = set()
+    for s, row in enumerate(rows):
+        merges, tasks = list(row[rank].merges), list(row[rank].tasks)
+        for m, merge in enumerate(merges):
+            if merge.kind is kind:
+                merges[m] = replace(merge, final=tuple(c for c in merge.block.chunks if last[c] == (s, 0, m)))
+        for t, task in enumerate(tasks):
+            block, result = result_of(task)
+            if result.slot is None:
+                carried = tuple(c for c in block.chunks if c in seen)
+                result = Result(None, carried, tuple(c for c in block.chunks if last[c] == (s, 1, t)))
+                tasks[t] = replace(task, key_result=result) if is_key else replace(task, query_result=result)
+                seen.update(block.chunks)
+        row[rank] = replace(row[rank], merges=tuple(merges), tasks=tuple(tasks))
+
+
+def build_schedule(
+    method: str,
+    spans: tuple[tuple[Span, ...], ...],
+    mask: Mask,
+    *,
+    backward: bool = False,
+    transfer: str = "pull",
+) -> Schedule:
+    """The schedule of ``method`` for a layout's ``spans`` (per rank, in shard order) and a mask.
+
+    ``method`` is "ring" (zigzag, contiguous and striped rings differ by layout only) or "dist_flash" (contiguous
+    layout; without causality there is nothing to balance and it is a ring). ``transfer``: "pull" (every operand
+    straight from its owner), "ring" (keys passed from neighbour to neighbour) or "all_gather" (all keys in one
+    exchange). Raises ValueError for other names.
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
+    if transfer not in TRANSFERS:
+        raise ValueError(f"expected transfer to be one of {', '.join(TRANSFERS)}, got {transfer!r}")
+    balanced = method == "dist_flash" and mask.causal
+    if balanced and transfer == "all_gather":
+        raise ValueError("expected transfer 'pull' or 'ring' for method 'dist_flash', got 'all_gather'")
+    if balanced and any(len(rank) != 2 for rank in spans):
+        raise ValueError("expected a layout with two chunks per rank for method 'dist_flash', got another")
+    per_rank = len(spans[0])
+    shards = [Block(r, tuple(range(r * per_rank, (r + 1) * per_rank))) for r in range(len(spans))]
+    if balanced:
+        placement = dist_flash_placement(shards)
+    elif transfer == "all_gather":
+        placement = all_gather_placement(shards)
+    else:
+        placement = ring_placement(shards)
+    builder = _Builder(spans, mask, placement, backward)
+    if transfer == "ring":
+        builder.pass_around()
+    else:
+        builder.drop_idle_steps()
+        builder.pull(Kind.KV)
+    builder.pull(Kind.QUERY)
+    for kind in (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,):
+        builder.return_results(kind)
+    rows = builder.steps()
+    for rank in range(len(spans)):
+        for kind in (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,):
+            _mark_own_accumulators(rows, rank, kind)
+    steps = tuple(tuple(row) for row in rows)
+    return Schedule(method if balanced else "ring", backward, mask, spans, steps)

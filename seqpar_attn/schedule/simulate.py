@@ -1,0 +1,82 @@
+"""What a schedule costs: an event model with kernel rates and link bandwidths. No devices are involved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .data import Kind, Schedule, Task, Transfer
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speeds of one device and its links.
+
+    ``pairs_per_second``: attended (query, key) pairs, all heads together; ``bytes_per_token``: what one token of each
+    kind of transfer weighs; ``bytes_per_second``: each direction of one device's link; ``latency``: per message, and
+    ``launch``: per task, in seconds.
+    """
+
+    pairs_per_second: float
+    bytes_per_token: dict[Kind, float]
+    bytes_per_second: float = float("inf")
+    latency: float = 0.0
+    launch: float = 0.0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Seconds: ``makespan`` until the last rank is done; per rank ``busy`` computing and ``exposed`` waiting for
+    transfers; ``bytes_sent`` per rank."""
+
+    makespan: float
+    busy: tuple[float, ...]
+    exposed: tuple[float, ...]
+    bytes_sent: tuple[float, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """Mean busy time over the makespan; 1 is perfect balance with hidden communication."""
+        return sum(self.busy) / len(self.busy) / self.makespan if self.makespan else 1.0
+
+
+def simulate_schedule(
+    schedule: Schedule,
+    rates: Rates,
+    *,
+    compute_seconds: Callable[[Task], float] | None = None,
+) -> Simulation:
+    """Play the schedule in time.
+
+    A rank starts a step when it has computed the step before and that step's transfers to and from it are done. A
+    message starts when both ends have posted it and both links are free. ``compute_seconds`` replaces the constant
+    rate, e.g. by measured times of tasks.
+    """
+    world_size = schedule.world_size
+
+    def seconds(task: Task) -> float:
+        return compute_seconds(task) if compute_seconds else rates.launch + task.area / rates.pairs_per_second
+
+    def size(transfer: Transfer) -> float:
+        return schedule.length(transfer.block) * rates.bytes_per_token[transfer.kind]
+
+    start = [0.0] * world_size
+    busy, exposed, sent = ([0.0] * world_size for _ in range(3))
+    out_free, in_free = [0.0] * world_size, [0.0] * world_size
+    for row in schedule.steps:
+        arrived = list(start)
+        for source in range(world_size):
+            for transfer in row[source].sends:
+                target = transfer.peer
+                begin = max(start[source], start[target], out_free[source], in_free[target])
+                end = begin + rates.latency + size(transfer) / rates.bytes_per_second
+                out_free[source] = in_free[target] = end
+                arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
+                sent[source] += size(transfer)
+        for rank in range(world_size):
+            duration = sum(seconds(task) for task in row[rank].tasks)
+            busy[rank] += duration
+            computed = start[rank] + duration
+            exposed[rank] += max(arrived[rank] - computed, 0.0)
+            start[rank] = max(computed, arrived[rank])
+    return Simulation(max(start), tuple(busy), tuple(exposed), tuple(sent))

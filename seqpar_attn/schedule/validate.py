@@ -1,0 +1,176 @@
+"""Proof that a schedule keeps its promises, by playing it symbolically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .data import RESULTS, Block, Kind, Result, Schedule, ScheduleError, Step, Task, Transfer
+
+Pairs = frozenset[tuple[int, int]]
+SlotKey = tuple[Kind, int]
+
+
+@dataclass
+class _Rank:
+    """What one rank holds: per slot the chunks in it and, for results, the pairs accumulated per chunk."""
+
+    slots: dict[SlotKey, dict[int, Pairs]] = field(default_factory=dict)
+    own: dict[Kind, dict[int, Pairs]] = field(default_factory=dict)
+    final: dict[Kind, set[int]] = field(default_factory=dict)
+
+
+class _Player:
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.ranks = [_Rank() for _ in range(schedule.world_size)]
+        self.query_kind = Kind.DQ if schedule.backward else Kind.OUT
+
+    def fail(self, step: int, rank: int, what: str) -> None:
+        raise ScheduleError(f"{self.schedule.method} W={self.schedule.world_size} step {step} rank {rank}: {what}")
+
+    def check_block(self, step: int, rank: int, block: Block) -> None:
+        per_rank = self.schedule.chunks_per_rank
+        first = block.chunks[0] if block.chunks else -1
+        in_order = block.chunks == tuple(range(first, first + len(block.chunks)))
+        if not block.chunks or not in_order or any(c // per_rank != block.owner for c in block.chunks):
+            self.fail(step, rank, f"{block} is not consecutive chunks of its owner")
+
+    def content(self, step: int, rank: int, kind: Kind, block: Block, slot: int | None) -> dict[int, Pairs]:
+        self.check_block(step, rank, block)
+        if slot is None:
+            if kind in RESULTS or block.owner != rank:
+                self.fail(step, rank, f"sends or reads {kind.value} {block} that is not its own")
+            return {chunk: frozenset() for chunk in block.chunks}
+        held = self.ranks[rank].slots.get((kind, slot), {})
+        missing = [chunk for chunk in block.chunks if chunk not in held]
+        if missing:
+            self.fail(step, rank, f"{kind.value} slot {slot} does not hold chunks {missing}")
+        return {chunk: held[chunk] for chunk in block.chunks}
+
+    def exchange(self, step: int, row: tuple[Step, ...]) -> list[tuple[int, Transfer, dict[int, Pairs]]]:
+        """Match sends with receives; results leave the sender's slot. Returns what will land where."""
+        landing = []
+        for source in range(len(row)):
+            for target in range(len(row)):
+                sent = [t for t in row[source].sends if t.peer == target]
+                expected = [t for t in row[target].receives if t.peer == source]
+                if [(t.kind, t.block) for t in sent] != [(t.kind, t.block) for t in expected]:
+                    self.fail(step, source, f"sends {sent} to {target}, which expects {expected}")
+                if sent and source == target:
+                    self.fail(step, source, "sends to itself")
+                for send, receive in zip(sent, expected):
+                    if receive.slot is None:
+                        self.fail(step, target, "receives into its own shard")
+                    landing.append((target, receive, self.content(step, source, send.kind, send.block, send.slot)))
+        for rank, state in enumerate(self.ranks):
+            for send in row[rank].sends:
+                if send.kind in RESULTS and send.slot is not None:
+                    for chunk in send.block.chunks:
+                        del state.slots[send.kind, send.slot][chunk]
+        return landing
+
+    def check_conflicts(self, step: int, rank: int, row: Step) -> None:
+        """While a transfer is in flight nobody may write what is sent, nor touch what is received."""
+        sent = {(t.kind, t.slot) for t in row.sends if t.slot is not None}
+        received = {(t.kind, t.slot) for t in row.receives if t.slot is not None}
+        read, written = set(), set()
+        for task in row.tasks:
+            read |= {(Kind.QUERY, task.query_slot), (Kind.KV, task.key_slot)}
+            written |= {(self.query_kind, task.query_result.slot), (Kind.DKV, task.key_result.slot)}
+        read |= {(merge.kind, merge.slot) for merge in row.merges}
+        for name, conflict in (
+            ("written while sent", sent & written),
+            ("received into while sent", sent & received),
+            ("received into while used", received & (read | written)),
+            ("read as input and written as result", read & written - {(Kind.QUERY, None), (Kind.KV, None)}),
+        ):
+            if conflict:
+                self.fail(step, rank, f"slots {conflict} {name}")
+
+    def accumulate(self, step: int, rank: int, kind: Kind, block: Block, result: Result, new: dict[int, Pairs]) -> None:
+        state = self.ranks[rank]
+        if result.slot is None:
+            if block.owner != rank:
+                self.fail(step, rank, f"accumulates {block} without a slot")
+            held, done = state.own.setdefault(kind, {}), state.final.setdefault(kind, set())
+        else:
+            held, done = state.slots.setdefault((kind, result.slot), {}), set()
+        for chunk in block.chunks:
+            if (chunk in held) != (chunk in result.carried):
+                self.fail(step, rank, f"{kind.value} of chunk {chunk}: carried is {chunk in result.carried}")
+            if chunk in done:
+                self.fail(step, rank, f"{kind.value} of chunk {chunk} is added to after its final task")
+            before = held.get(chunk, frozenset())
+            if before & new[chunk]:
+                self.fail(step, rank, f"pairs {set(before & new[chunk])} twice in {kind.value}")
+            held[chunk] = before | new[chunk]
+        done.update(result.final)
+
+    def compute(self, step: int, rank: int, task: Task, needed: Pairs) -> Pairs:
+        self.content(step, rank, Kind.QUERY, task.query, task.query_slot)
+        self.content(step, rank, Kind.KV, task.key, task.key_slot)
+        pairs = frozenset((i, j) for i in task.query.chunks for j in task.key.chunks if (i, j) in needed)
+        if not pairs:
+            self.fail(step, rank, f"empty task {task}")
+        by_query = {i: frozenset(p for p in pairs if p[0] == i) for i in task.query.chunks}
+        by_key = {j: frozenset(p for p in pairs if p[1] == j) for j in task.key.chunks}
+        self.accumulate(step, rank, self.query_kind, task.query, task.query_result, by_query)
+        if self.schedule.backward:
+            self.accumulate(step, rank, Kind.DKV, task.key, task.key_result, by_key)
+        return pairs
+
+    def play(self) -> None:
+        schedule = self.schedule
+        chunks = range(schedule.world_size * schedule.chunks_per_rank)
+        areas = {(i, j): schedule.mask.area(schedule.span(i), schedule.span(j)) for i in chunks for j in chunks}
+        needed = frozenset(pair for pair, area in areas.items() if area)
+        computed: set[tuple[int, int]] = set()
+        for step, row in enumerate(schedule.steps):
+            landing = self.exchange(step, row)
+            for rank, cell in enumerate(row):
+                self.check_conflicts(step, rank, cell)
+                for merge in cell.merges:
+                    part = self.content(step, rank, merge.kind, merge.block, merge.slot)
+                    result = Result(None, merge.block.chunks, merge.final)
+                    self.accumulate(step, rank, merge.kind, merge.block, result, part)
+                for task in cell.tasks:
+                    pairs = self.compute(step, rank, task, needed)
+                    if pairs & computed:
+                        self.fail(step, rank, f"pairs {pairs & computed} are computed twice")
+                    computed |= pairs
+                    if task.area != sum(areas[pair] for pair in pairs):
+                        self.fail(step, rank, f"area of {task}")
+            fresh: set[tuple[int, SlotKey]] = set()
+            for rank, receive, part in landing:
+                assert receive.slot is not None
+                key = (receive.kind, receive.slot)
+                if (rank, key) not in fresh:
+                    self.ranks[rank].slots[key] = {}
+                    fresh.add((rank, key))
+                self.ranks[rank].slots[key].update(part)
+        if computed != needed:
+            self.fail(len(schedule.steps), -1, f"pairs {set(needed - computed)} are never computed")
+        self.check_results(needed)
+
+    def check_results(self, needed: Pairs) -> None:
+        end = len(self.schedule.steps)
+        for kind in (Kind.DQ, Kind.DKV) if self.schedule.backward else (Kind.OUT,):
+            axis = 1 if kind is Kind.DKV else 0
+            for rank, state in enumerate(self.ranks):
+                per_rank = self.schedule.chunks_per_rank
+                for chunk in range(rank * per_rank, (rank + 1) * per_rank):
+                    wanted = frozenset(pair for pair in needed if pair[axis] == chunk)
+                    if state.own.get(kind, {}).get(chunk, frozenset()) != wanted:
+                        self.fail(end, rank, f"{kind.value} of chunk {chunk} does not hold all of its pairs")
+                    if wanted and chunk not in state.final.get(kind, set()):
+                        self.fail(end, rank, f"{kind.value} of chunk {chunk} has no final task")
+
+
+def validate_schedule(schedule: Schedule) -> None:
+    """Raise ScheduleError unless the schedule is right.
+
+    Right means: every non-empty (query chunk, key chunk) pair is computed exactly once and reaches the accumulators of
+    its owners; sends match receives in kind, block and order, step by step, so no rank waits for a message that nobody
+    sends; everything is at hand when it is read; no buffer is written while it is sent, read or received into.
+    """
+    _Player(schedule).play()
