@@ -8,7 +8,7 @@ knows integers and tensors, nothing of attention: :class:`Zigzag` balances causa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -218,8 +218,8 @@ def gather(x_local: torch.Tensor, layout: str | Layout, group: Any = None, dim: 
     if process_group is None:
         return layout.unshard_all(x_local, dim)
     layout.shard_length(x_local.shape[dim] * world_size)
-    result: torch.Tensor = _Gather.apply(x_local, layout, process_group, dim)  # type: ignore[no-untyped-call]
-    return result
+    apply: Callable[..., torch.Tensor] = _Gather.apply  # torch does not type it
+    return apply(x_local, layout, process_group, dim)
 
 
 def layout_for(layout: str | Layout, world_size: int) -> Layout:

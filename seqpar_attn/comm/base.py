@@ -58,9 +58,9 @@ def compare(descriptions: Sequence[Mapping[str, object]], errors: Sequence[str |
     if complaints:
         raise ValueError("; ".join(complaints))
     for rank, description in enumerate(descriptions):
-        for name in descriptions[0].keys() | description.keys():
+        for name in dict.fromkeys([*descriptions[0], *description]):
             first, other = descriptions[0].get(name), description.get(name)
             if first != other:
                 raise ValueError(
-                    f"expected the same {name} on every rank, got {first!r} on rank 0 and {other!r} on rank {rank}"
+                    f"expected the same {name} on every rank, got {first} on rank 0 and {other} on rank {rank}"
                 )

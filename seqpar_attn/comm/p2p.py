@@ -79,15 +79,15 @@ class P2P:
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Pending:
         operations, peers, unpack = [], [], []
-        for tag, (peer, tensor) in enumerate(sends[0]):
-            operations.append(dist.P2POp(dist.isend, tensor.contiguous(), self._peers[peer], self.group, tag))
+        for peer, tensor in sends[0]:
+            operations.append(dist.P2POp(dist.isend, tensor.contiguous(), self._peers[peer], self.group))
             peers.append(peer)
         for peer, tensor in receives[0]:
             buffer = tensor
             if not tensor.is_contiguous():
                 buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 unpack.append((tensor, buffer))
-            operations.append(dist.P2POp(dist.irecv, buffer, self._peers[peer], self.group, 0))
+            operations.append(dist.P2POp(dist.irecv, buffer, self._peers[peer], self.group))
             peers.append(peer)
         _number_messages(operations)
         try:

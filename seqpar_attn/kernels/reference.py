@@ -72,9 +72,7 @@ class ReferenceKernel:
     ) -> None:
         dtype = accumulator_dtype(q.dtype)
         nheads = q.shape[2]
-        s, _ = _scores(
-            _heads_first(q, nheads, dtype), _heads_first(k, nheads, dtype), mask, softmax_scale, softcap
-        )
+        s, _ = _scores(_heads_first(q, nheads, dtype), _heads_first(k, nheads, dtype), mask, softmax_scale, softcap)
         block_lse = torch.logsumexp(s, -1)
         total = torch.logaddexp(lse, block_lse) if carry else block_lse
         base = torch.where(total == float("-inf"), torch.zeros_like(total), total)

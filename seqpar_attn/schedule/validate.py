@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from .data import RESULTS, Block, Kind, Result, Schedule, ScheduleError, Step, Task, Transfer
@@ -49,19 +50,24 @@ class _Player:
 
     def exchange(self, step: int, row: tuple[Step, ...]) -> list[tuple[int, Transfer, dict[int, Pairs]]]:
         """Match sends with receives; results leave the sender's slot. Returns what will land where."""
+        sent: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+        expected: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+        for rank, cell in enumerate(row):
+            for transfer in cell.sends:
+                sent[rank, transfer.peer].append(transfer)
+            for transfer in cell.receives:
+                expected[transfer.peer, rank].append(transfer)
         landing = []
-        for source in range(len(row)):
-            for target in range(len(row)):
-                sent = [t for t in row[source].sends if t.peer == target]
-                expected = [t for t in row[target].receives if t.peer == source]
-                if [(t.kind, t.block) for t in sent] != [(t.kind, t.block) for t in expected]:
-                    self.fail(step, source, f"sends {sent} to {target}, which expects {expected}")
-                if sent and source == target:
-                    self.fail(step, source, "sends to itself")
-                for send, receive in zip(sent, expected):
-                    if receive.slot is None:
-                        self.fail(step, target, "receives into its own shard")
-                    landing.append((target, receive, self.content(step, source, send.kind, send.block, send.slot)))
+        for source, target in sent.keys() | expected.keys():
+            ours, theirs = sent[source, target], expected[source, target]
+            if [(t.kind, t.block) for t in ours] != [(t.kind, t.block) for t in theirs]:
+                self.fail(step, source, f"sends {ours} to {target}, which expects {theirs}")
+            if source == target:
+                self.fail(step, source, "sends to itself")
+            for send, receive in zip(ours, theirs):
+                if receive.slot is None:
+                    self.fail(step, target, "receives into its own shard")
+                landing.append((target, receive, self.content(step, source, send.kind, send.block, send.slot)))
         for rank, state in enumerate(self.ranks):
             for send in row[rank].sends:
                 if send.kind in RESULTS and send.slot is not None:
@@ -153,16 +159,16 @@ class _Player:
         self.check_results(needed)
 
     def check_results(self, needed: Pairs) -> None:
-        end = len(self.schedule.steps)
+        end, per_rank = len(self.schedule.steps), self.schedule.chunks_per_rank
         for kind in (Kind.DQ, Kind.DKV) if self.schedule.backward else (Kind.OUT,):
-            axis = 1 if kind is Kind.DKV else 0
+            wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
+            for pair in needed:
+                wanted[pair[1 if kind is Kind.DKV else 0]].add(pair)
             for rank, state in enumerate(self.ranks):
-                per_rank = self.schedule.chunks_per_rank
                 for chunk in range(rank * per_rank, (rank + 1) * per_rank):
-                    wanted = frozenset(pair for pair in needed if pair[axis] == chunk)
-                    if state.own.get(kind, {}).get(chunk, frozenset()) != wanted:
+                    if state.own.get(kind, {}).get(chunk, frozenset()) != wanted[chunk]:
                         self.fail(end, rank, f"{kind.value} of chunk {chunk} does not hold all of its pairs")
-                    if wanted and chunk not in state.final.get(kind, set()):
+                    if wanted[chunk] and chunk not in state.final.get(kind, set()):
                         self.fail(end, rank, f"{kind.value} of chunk {chunk} has no final task")
 
 

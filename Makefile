@@ -1,0 +1,84 @@
+# Everything needs only make and a Python 3.10 to 3.12: the first target that needs it sets up .venv, once.
+#
+#   make demo        train a small Llama on real text over 4 ranks and compare it with one device
+#   make test        all tests that this machine can run
+#   make lint types  ruff and clang-format; mypy
+#   make gpu-test    tests on an NVIDIA GPU       (in place, with the machine's python3, if its torch sees the GPU)
+#   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise)
+#   make clean       remove what was built or measured; .venv stays
+#
+# Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, PYTEST_ARGS='-k ring'
+# goes to pytest. Where pip would fetch a CUDA build of torch that nobody needs, point PIP_INDEX_URL at a CPU one.
+
+VENV ?= .venv
+EXTRAS ?= test,demo,lint
+PYTEST_ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
+# Without a GPU Triton's interpreter stands in for it: 3.6.0 is the version measured on GPUs, and it needs this numpy.
+# Installed last and by themselves, because a CUDA build of torch asks for the Triton of its own version.
+PINS := $(if $(HAS_GPU)$(filter-out Linux,$(shell uname -s)),,triton==3.6.0 'numpy<2.4')
+
+SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
+
+.PHONY: demo test lint types gpu-test gpu-bench clean venv
+
+venv: $(STAMP)
+
+$(STAMP): Makefile pyproject.toml setup.py
+	@for python in python3.12 python3.11 python3.10 python3 python; do
+	    # A name on the path need not run (version managers leave such stubs), so ask each what it is.
+	    if $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+	        found=$$python; break
+	    fi
+	done
+	if [ ! -x $(PY) ]; then
+	    [ -n "$${found:-}" ] || { echo "expected a Python 3.10, 3.11 or 3.12 on the path, found none" >&2; exit 1; }
+	    $$found -m venv $(VENV)
+	fi
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet -e '.[$(EXTRAS)]'
+	if [ -n "$(PINS)" ]; then $(PY) -m pip install --quiet $(PINS); fi
+	touch $@
+
+demo: $(STAMP)
+	@$(PY) examples/train_text.py --out out/demo
+
+test: $(STAMP)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	sources=$$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+	if [ -n "$$sources" ]; then $(VENV)/bin/clang-format --dry-run -Werror $$sources; fi
+
+types: $(STAMP)
+	@$(PY) -m mypy seqpar_attn
+
+# The python3 of a GPU machine is used as it is, with nothing installed, if its torch sees the GPU.
+define gpu_python
+if python3 -c '$(SEES_GPU)' 2>/dev/null; then python=python3; else $(MAKE) venv; python=$(PY); fi
+$$python -c '$(SEES_GPU)' || { echo "expected an NVIDIA GPU that torch sees, found none" >&2; exit 1; }
+export PYTHONPATH=$(CURDIR)
+endef
+
+gpu-test:
+	@$(gpu_python)
+	$$python -m pytest tests -m gpu -q $(PYTEST_ARGS)
+
+gpu-bench:
+	@$(gpu_python)
+	$$python benchmarks/attention.py --out benchmarks/results
+	$$python benchmarks/ring.py --out benchmarks/results
+
+clean:
+	@rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

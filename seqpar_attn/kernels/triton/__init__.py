@@ -1,0 +1,177 @@
+"""Portable Triton block kernels: sm_80 and later, and the CPU under ``TRITON_INTERPRET=1``.
+
+Importing this package never imports Triton; the kernels are compiled on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from ...mask import MaskKind
+from ..base import BlockMask, accumulator_dtype
+from .config import Chooser, choose
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    """Compute capability as one number (90 for an H100); 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+class TritonKernel:
+    """See :class:`seqpar_attn.kernels.base.Kernel`. Always deterministic: nothing is added with atomics."""
+
+    name = "triton"
+
+    def __init__(self, choose_tile: Chooser = choose) -> None:
+        self._choose = choose_tile
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available() and not interpreted():
+            return "no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+        return None
+
+    def refuses(
+        self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
+    ) -> str | None:
+        if dtype not in _DTYPES:
+            return f"expected bfloat16, float16 or float32, got {dtype}"
+        if headdim % 8 or not 8 <= headdim <= 256:
+            return f"expected a head dimension that is a multiple of 8 and at most 256, got {headdim}"
+        if device.type == "cuda":
+            if interpreted():
+                return "TRITON_INTERPRET=1 is set, but the tensors are on a GPU"
+            arch = _arch(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+            return None if arch >= 80 else f"expected compute capability 8.0 or later, got {arch / 10}"
+        if device.type != "cpu" or not interpreted():
+            return f"expected CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got {device}"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        out_acc: torch.Tensor | None,
+        out: torch.Tensor | None,
+        mask: BlockMask,
+        *,
+        softmax_scale: float,
+        softcap: float | None,
+        carry: bool,
+    ) -> None:
+        _check_scale(softmax_scale)
+        if q.numel() == 0:
+            return
+        if k.numel() == 0:
+            _forward_without_keys(lse, out_acc, out, carry)
+            return
+        from .common import on_device_of
+        from .forward import launch_forward
+
+        tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
+        with on_device_of(q):
+            launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry)
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dout: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        mask: BlockMask,
+        *,
+        softmax_scale: float,
+        softcap: float | None,
+        carry_dq: bool,
+        carry_dkv: bool,
+        deterministic: bool,
+    ) -> None:
+        _check_scale(softmax_scale)
+        if q.numel() == 0 or k.numel() == 0:
+            if not carry_dq:
+                dq.zero_()
+            if not carry_dkv:
+                dk.zero_()
+                dv.zero_()
+            return
+        from .backward import launch_dkdv, launch_dq
+        from .common import on_device_of
+
+        where = (_arch(q.device), q.element_size(), q.shape[3], mask.kind)
+        with on_device_of(q):
+            tile = self._choose("dkdv", *where)
+            launch_dkdv(tile, q, k, v, dout, lse, delta, dk, dv, mask, softmax_scale, softcap, carry_dkv)
+            tile = self._choose("dq", *where)
+            launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
+
+    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        batch, seqlen, nheads, _ = out.shape
+        delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
+        if out.numel() == 0:
+            return delta
+        from .common import on_device_of
+        from .elementwise import launch_delta
+
+        with on_device_of(out):
+            launch_delta(out, dout, delta)
+        return delta
+
+    def merge(
+        self,
+        lse: torch.Tensor,
+        out_acc: torch.Tensor,
+        lse_part: torch.Tensor,
+        out_part: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> None:
+        if out_acc.numel() == 0:
+            return
+        from .common import on_device_of
+        from .elementwise import launch_merge
+
+        with on_device_of(out_acc):
+            launch_merge(lse, out_acc, lse_part, out_part, out)
+
+
+def _check_scale(softmax_scale: float) -> None:
+    # The running maximum is taken before scaling, which a scale of other sign would turn into a minimum.
+    if not softmax_scale > 0:
+        raise ValueError(f"expected softmax_scale > 0, got {softmax_scale}")
+
+
+def _forward_without_keys(
+    lse: torch.Tensor, out_acc: torch.Tensor | None, out: torch.Tensor | None, carry: bool
+) -> None:
+    if carry:
+        assert out_acc is not None, "carry reads out_acc"
+        if out is not None:
+            out.copy_(out_acc)
+        return
+    lse.fill_(float("-inf"))
+    for target in (out_acc, out):
+        if target is not None:
+            target.zero_()

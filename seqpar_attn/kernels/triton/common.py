@@ -1,0 +1,203 @@
+"""What the attention kernels share: tile loads and stores, the range of tiles a mask leaves, an accurate tanh."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...mask import MaskKind
+
+FULL = tl.constexpr(0)
+CAUSAL = tl.constexpr(1)
+INTERVAL = tl.constexpr(2)
+KIND_NUMBER = {MaskKind.FULL: 0, MaskKind.CAUSAL: 1, MaskKind.INTERVAL: 2}
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+L2_BYTES_FOR_KEYS = 32 << 20
+
+
+@triton.jit
+def program_tile(tiles, heads_total, heads_at_once, REVERSED: tl.constexpr):
+    """Which (tile, head) this program owns: ``heads_at_once`` heads interleave so that their keys share the L2."""
+    pid = tl.program_id(0)
+    group = pid // (tiles * heads_at_once)
+    rest = pid % (tiles * heads_at_once)
+    width = tl.minimum(heads_at_once, heads_total - group * heads_at_once)
+    tile = rest // width
+    if REVERSED:
+        tile = tiles - 1 - tile
+    return tile, group * heads_at_once + rest % width
+
+
+@triton.jit
+def tile_offsets(stride_s, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """[ROWS, DIM] offsets inside one tile; 32 bits suffice there (the launcher checks)."""
+    return tl.arange(0, ROWS)[:, None] * stride_s + tl.arange(0, DIM)[None, :]
+
+
+@triton.jit
+def tile_bounds(row, seqlen, headdim, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """[ROWS, DIM] which elements of the tile exist."""
+    return ((row + tl.arange(0, ROWS)) < seqlen)[:, None] & (tl.arange(0, DIM) < headdim)[None, :]
+
+
+@triton.jit
+def row_pointer(source, batch, head, row, stride_b, stride_s, stride_h):
+    """64-bit on purpose: millions of tokens times heads times dim pass 2^31 elements."""
+    return source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
+
+
+@triton.jit
+def load_tile(
+    source, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, DIM] rows ``row ...`` of one head, zero outside the tensor (the copy engine fills zeros by itself)."""
+    if TMA:
+        return source.load([batch, head, row, 0]).reshape(ROWS, DIM)
+    else:
+        pointers = row_pointer(source, batch, head, row, stride_b, stride_s, stride_h)
+        pointers = pointers + tile_offsets(stride_s, ROWS, DIM)
+        if EVEN_S and EVEN_D:
+            return tl.load(pointers)
+        elif EVEN_S:
+            return tl.load(pointers, mask=(tl.arange(0, DIM) < headdim)[None, :], other=0.0)
+        elif EVEN_D:
+            return tl.load(pointers, mask=((row + tl.arange(0, ROWS)) < seqlen)[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=tile_bounds(row, seqlen, headdim, ROWS, DIM), other=0.0)
+
+
+@triton.jit
+def load_rows(
+    source, batch, head, row, stride_b, stride_h, seqlen,
+    ROWS: tl.constexpr, EVEN_S: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[ROWS] values of a per-row vector such as lse, zero outside the tensor."""
+    if TMA:
+        return source.load([batch, head, row]).reshape(ROWS)
+    else:
+        pointers = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row + tl.arange(0, ROWS)
+        if EVEN_S:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(row + tl.arange(0, ROWS)) < seqlen, other=0.0)
+
+
+@triton.jit
+def key_ranges(
+    row, seqlen_q, seqlen_k, offset, key_lo, key_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr
+):
+    """What the query tile at ``row`` sees: ``(lo, hi)`` per row [BLOCK_M] and, in multiples of BLOCK_N, the ranges
+    ``[begin, full_begin)`` masked, ``[full_begin, full_end)`` seen by every row, ``[full_end, end)`` masked.
+
+    Both bounds never decrease along the rows, so the first and the last row decide for the whole tile.
+    """
+    rows = row + tl.arange(0, BLOCK_M)
+    last = tl.minimum(row + BLOCK_M, seqlen_q) - 1
+    lo = tl.zeros([BLOCK_M], tl.int32)
+    begin = row * 0
+    full_begin = row * 0
+    if KIND == FULL:
+        hi = lo + seqlen_k
+        full_end = seqlen_k // BLOCK_N * BLOCK_N
+        end = seqlen_k
+    elif KIND == CAUSAL:
+        hi = tl.minimum(rows + offset + 1, seqlen_k)
+        full_end = tl.maximum(tl.minimum(row + offset + 1, seqlen_k), 0) // BLOCK_N * BLOCK_N
+        end = tl.maximum(tl.minimum(last + offset + 1, seqlen_k), full_end)
+    else:
+        lo = tl.load(key_lo + rows, mask=rows < seqlen_q, other=0)
+        hi = tl.load(key_hi + rows, mask=rows < seqlen_q, other=0)
+        end = tl.load(key_hi + last)
+        begin = tl.minimum(tl.load(key_lo + row), end) // BLOCK_N * BLOCK_N
+        full_begin = tl.minimum(tl.cdiv(tl.load(key_lo + last), BLOCK_N), tl.cdiv(end, BLOCK_N)) * BLOCK_N
+        full_end = tl.maximum(tl.load(key_hi + row) // BLOCK_N * BLOCK_N, full_begin)
+    return lo, hi, begin, full_begin, full_end, end
+
+
+@triton.jit
+def visible(index, lo, hi, KIND: tl.constexpr):
+    """Elementwise ``lo <= index < hi``; only intervals have a lower bound."""
+    if KIND == INTERVAL:
+        return (index >= lo) & (index < hi)
+    else:
+        return index < hi
+
+
+@triton.jit
+def masked_start(i, begin, left_tiles, full_end, BLOCK: tl.constexpr):
+    """Start of the i-th masked tile: those left of the full range come first, then those right of it."""
+    return tl.where(i < left_tiles, begin + i * BLOCK, full_end + (i - left_tiles) * BLOCK)
+
+
+@triton.jit
+def tanh(x):
+    """Good to a few ulp everywhere: 1 - 2 / (e^2x + 1) cancels for small x, so those take a polynomial."""
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(magnitude * 2.8853900817779268) + 1.0)
+    square = x * x
+    near = 1.57394409e-2 * square - 5.23025580e-2
+    near = near * square + 1.33152470e-1
+    near = near * square - 3.33327681e-1
+    near = near * square * x + x
+    return tl.where(magnitude < 0.55, near, tl.where(x < 0, -far, far))
+
+
+# --- the launchers' side -----------------------------------------------------------------------------------------
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded_headdim(headdim: int) -> int:
+    """Triton tiles are powers of two, and a tensor core multiplies at least 16 deep."""
+    return max(16, 1 << (headdim - 1).bit_length())
+
+
+def heads_at_once(kind: MaskKind, heads_total: int, bytes_per_head: int) -> int:
+    """How many heads to interleave. Without a mask every program costs the same, so one head after the other reads its
+    keys from the L2; with one, the more heads the better the longest-first order balances."""
+    if kind is MaskKind.FULL:
+        return 1
+    return max(1, min(heads_total, L2_BYTES_FOR_KEYS // max(1, 2 * bytes_per_head)))
+
+
+def fits_tma(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can address these tensors: bases and strides in multiples of 16 bytes."""
+    for x in tensors:
+        bytes_per_element = x.element_size()
+        if x.data_ptr() % 16 or any(stride * bytes_per_element % 16 for stride in x.stride()[:-1]):
+            return False
+    return True
+
+
+def tile_descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """``x: [b, s, h, d]`` read in tiles of ``[rows, dim]``; what lies outside reads as zero."""
+    batch, seqlen, nheads, headdim = x.shape
+    stride_b, stride_s, stride_h, _ = x.stride()
+    return TensorDescriptor(x, [batch, nheads, seqlen, headdim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, dim])
+
+
+def rows_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """``x: [b, h, s]`` read ``rows`` values at a time."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
+
+
+def strides_bsh(x: torch.Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make that the tensor's without paying for it when it already is."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

@@ -1,0 +1,93 @@
+"""The two memory-bound kernels around attention: delta = rowsum(dout * out), and the fp32 merge of partial results."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import cdiv, padded_headdim, row_pointer, strides_bsh, tile_bounds, tile_offsets
+
+ROWS_PER_PROGRAM = 32
+
+
+@triton.jit
+def _own_rows(seqlen, nheads, ROWS: tl.constexpr):
+    """Heads run fastest: neighbouring programs then read neighbouring memory. One grid axis, as the others end at
+    65535."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(seqlen, ROWS)
+    return pid // nheads // tiles, pid % nheads, pid // nheads % tiles * ROWS
+
+
+@triton.jit(do_not_specialize=["seqlen", "nheads"])
+def delta_kernel(
+    out, dout, delta, stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, seqlen, nheads, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    batch, head, row = _own_rows(seqlen, nheads, ROWS)
+    bounds = tile_bounds(row, seqlen, headdim, ROWS, DIM)
+    # out, dout: [ROWS, DIM]
+    out_pointers = row_pointer(out, batch, head, row, stride_ob, stride_os, stride_oh)
+    o = tl.load(out_pointers + tile_offsets(stride_os, ROWS, DIM), mask=bounds, other=0.0)
+    dout_pointers = row_pointer(dout, batch, head, row, stride_gb, stride_gs, stride_gh)
+    g = tl.load(dout_pointers + tile_offsets(stride_gs, ROWS, DIM), mask=bounds, other=0.0)
+    sums = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    rows = row + tl.arange(0, ROWS)
+    tl.store(delta + (batch.to(tl.int64) * nheads + head) * seqlen + rows, sums, mask=rows < seqlen)
+
+
+def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
+    batch, seqlen, nheads, headdim = out.shape
+    delta_kernel[(nheads * cdiv(seqlen, ROWS_PER_PROGRAM) * batch,)](
+        out, dout, delta, *strides_bsh(out), *strides_bsh(dout), seqlen, nheads, headdim,
+        ROWS=ROWS_PER_PROGRAM, DIM=padded_headdim(headdim), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seqlen", "nheads"])
+def merge_kernel(
+    lse, out_acc, lse_part, out_part, out,
+    stride_lb, stride_lh, stride_ab, stride_as, stride_ah, stride_mb, stride_mh, stride_pb, stride_ps, stride_ph,
+    stride_ob, stride_os, stride_oh, seqlen, nheads, headdim, ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    batch, head, row = _own_rows(seqlen, nheads, ROWS)
+    exists = (row + tl.arange(0, ROWS)) < seqlen
+    bounds = tile_bounds(row, seqlen, headdim, ROWS, DIM)
+    # lse, lse_part: [ROWS]
+    lse_pointers = row_pointer(lse, batch, head, row, stride_lb, 1, stride_lh) + tl.arange(0, ROWS)
+    part_pointers = row_pointer(lse_part, batch, head, row, stride_mb, 1, stride_mh) + tl.arange(0, ROWS)
+    old = tl.load(lse_pointers, mask=exists, other=float("-inf"))
+    new = tl.load(part_pointers, mask=exists, other=float("-inf"))
+    peak = tl.maximum(old, new)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = base + tl.log(tl.exp(old - base) + tl.exp(new - base))
+    # Weights from the total, not from the two exponentials: a row without keys has total -inf and weights exp(-inf).
+    base = tl.where(total == float("-inf"), 0.0, total)
+    # out_acc, out_part: [ROWS, DIM]
+    acc_pointers = row_pointer(out_acc, batch, head, row, stride_ab, stride_as, stride_ah)
+    acc_pointers += tile_offsets(stride_as, ROWS, DIM)
+    out_part_pointers = row_pointer(out_part, batch, head, row, stride_pb, stride_ps, stride_ph)
+    out_part_pointers += tile_offsets(stride_ps, ROWS, DIM)
+    merged = tl.load(acc_pointers, mask=bounds, other=0.0) * tl.exp(old - base)[:, None]
+    merged += tl.load(out_part_pointers, mask=bounds, other=0.0).to(tl.float32) * tl.exp(new - base)[:, None]
+    tl.store(acc_pointers, merged, mask=bounds)
+    tl.store(lse_pointers, total, mask=exists)
+    if out is not None:
+        out_pointers = row_pointer(out, batch, head, row, stride_ob, stride_os, stride_oh)
+        tl.store(out_pointers + tile_offsets(stride_os, ROWS, DIM), merged.to(out.dtype.element_ty), mask=bounds)
+
+
+def launch_merge(
+    lse: torch.Tensor,
+    out_acc: torch.Tensor,
+    lse_part: torch.Tensor,
+    out_part: torch.Tensor,
+    out: torch.Tensor | None,
+) -> None:
+    batch, seqlen, nheads, headdim = out_acc.shape
+    merge_kernel[(nheads * cdiv(seqlen, ROWS_PER_PROGRAM) * batch,)](
+        lse, out_acc, lse_part, out_part, out,
+        *lse.stride()[:2], *strides_bsh(out_acc), *lse_part.stride()[:2], *strides_bsh(out_part), *strides_bsh(out),
+        seqlen, nheads, headdim, ROWS=ROWS_PER_PROGRAM, DIM=padded_headdim(headdim), num_warps=4,
+    )  # fmt: skip

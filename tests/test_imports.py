@@ -1,0 +1,114 @@
+"""The architecture's rules about imports: they go one way, and importing the package is cheap and never fails."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "seqpar_attn"
+ROOT = Path(__file__).parent.parent / PACKAGE
+MODULES = {
+    ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def room(module):
+    """``seqpar_attn.comm.p2p`` -> ``comm``; the package's own ``__init__`` -> ````."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@cache
+def imports(module):
+    """Every module that ``module`` imports, anywhere in it: absolute names, of the package's own the full ones."""
+    path = MODULES[module]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            # "from . import x" names the module x if there is one, else something inside the package.
+            found |= {f"{name}.{a.name}" if f"{name}.{a.name}" in MODULES else name for a in node.names}
+    return frozenset(found)
+
+
+def rooms_used(module):
+    return {room(name) for name in imports(module) if name.split(".")[0] == PACKAGE}
+
+
+def modules_of(*rooms):
+    return sorted(m for m in MODULES if room(m) in rooms)
+
+
+def test_the_reader_of_imports_reads_them():
+    assert "seqpar_attn.mask" in imports("seqpar_attn.layout")
+    assert "seqpar_attn.mask" in imports("seqpar_attn.kernels.base")  # two dots
+    assert "seqpar_attn.testing.errors" in imports("seqpar_attn.testing")  # one dot in a package
+    assert "torch" in imports("seqpar_attn.layout")
+
+
+@pytest.mark.parametrize("module", modules_of("mask", "schedule"))
+def test_mask_and_schedule_need_only_the_standard_library(module):
+    outside = {name for name in imports(module) if name.split(".")[0] not in (*sys.stdlib_module_names, PACKAGE)}
+    assert not outside
+    assert rooms_used(module) <= {"mask", room(module)}
+
+
+@pytest.mark.parametrize(
+    ("rooms", "forbidden"),
+    [
+        (("kernels",), {"comm", "schedule", "layout", "batch", "autograd", "api"}),
+        (("comm",), {"kernels", "schedule", "mask", "autograd", "api", "loss"}),
+        (("layout", "batch"), {"kernels", "comm", "schedule", "autograd", "api", "loss", "memory"}),
+        (("loss",), {"schedule", "autograd", "api", "mask"}),
+        (("autograd",), {"api"}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_rooms_do_not_know_what_is_not_theirs(rooms, forbidden):
+    for module in modules_of(*rooms):
+        assert not rooms_used(module) & forbidden, module
+
+
+@pytest.mark.parametrize("leaf", ["integrations", "testing"])
+def test_nothing_imports(leaf):
+    assert [m for m in MODULES if room(m) != leaf and leaf in rooms_used(m)] == []
+
+
+def test_rooms_form_no_cycle():
+    uses = {}
+    for module in MODULES:
+        uses.setdefault(room(module), set()).update(rooms_used(module) - {room(module)})
+    done = set()
+    while len(done) < len(uses):
+        free = {r for r in uses if r not in done and uses[r] <= done}
+        assert free, f"these rooms import each other in a circle: {sorted(set(uses) - done)}"
+        done |= free
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+OPTIONAL = ("triton", "transformers", "flash_attn", "accelerate")
+
+
+def test_importing_the_package_loads_nothing_optional_and_no_cuda():
+    code = (
+        "import sys, torch; before = set(sys.modules); import seqpar_attn;"
+        f"print(sorted(m for m in {OPTIONAL!r} if m in sys.modules and m not in before), torch.cuda.is_initialized())"
+    )
+    assert run(code) == "[] False"
+
+
+def test_the_package_imports_where_nothing_optional_is_installed():
+    blocked = "".join(f"sys.modules[{name!r}] = None;" for name in OPTIONAL)
+    assert run(f"import sys; {blocked} import seqpar_attn; print(seqpar_attn.__name__)") == PACKAGE
