@@ -6,7 +6,6 @@ can save its results and skip its kernels and its communication in recomputation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,86 +16,69 @@ from .kernels.base import Kernel, accumulator_dtype
 from .layout import get_layout
 from .mask import Mask
 from .plan import Plan, make_plan
-from .schedule import Block, Kind, Merge, Result, Schedule, Task
+from .program import Add, Compute
+from .schedule import Kind
 from .validation import Call, check_call, check_tensors
 
 Field = tuple[torch.Tensor, int]
 """A tensor and its sequence dimension."""
 
 
-def _narrow(field: Field, start: int, length: int) -> torch.Tensor:
-    return field[0].narrow(field[1], start, length)
-
-
 class _Pass:
     """One pass over a schedule for the ranks of this process.
 
-    ``own[kind]`` are the tensors of the local ranks, shard after shard; slots are made when first used, each of the
-    shape of one shard.
+    ``own[kind]`` are tensors with the shards of the local ranks one after the other; ``like[kind]`` those of them that
+    travel, after which slots of the size of one shard are made when first used.
     """
 
-    def __init__(self, plan: Plan, schedule: Schedule, comm: Communicator, kernel: Kernel, call: Call):
-        self.plan, self.schedule, self.comm, self.kernel, self.call = plan, schedule, comm, kernel, call
-        self.shard = sum(span.length for span in schedule.spans[0])
-        self.own: dict[Kind, tuple[Field, ...]] = {}
-        self.empty: dict[Kind, tuple[float, ...]] = {Kind.OUT: (0.0, float("-inf"))}
-        """What an accumulator holds before anything was added; zeros unless named here."""
-        self._slots: dict[tuple[int, Kind, int], tuple[Field, ...]] = {}
-        self._where: dict[Block, tuple[int, int]] = {}
+    own: dict[Kind, tuple[Field, ...]]
+    like: dict[Kind, tuple[Field, ...]]
 
-    def view(self, rank: int, kind: Kind, block: Block, slot: int | None) -> list[torch.Tensor]:
-        """The tensors of ``block`` in a slot or in the rank's own data."""
-        if block not in self._where:
-            self._where[block] = (self.schedule.start(block), self.schedule.length(block))
-        start, length = self._where[block]
-        if slot is None:
-            start += self.comm.local_ranks.index(rank) * self.shard
-            return [_narrow(field, start, length) for field in self.own[kind]]
-        key = (rank, kind, slot)
+    def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
+        self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
+        self.program = plan.program(backward, comm.local_ranks)
+        self._slots: dict[tuple[int, Kind, int], list[Field]] = {}
+        self._views: list[list[torch.Tensor] | None] = [None] * len(self.program.views)
+
+    def view(self, index: int) -> list[torch.Tensor]:
+        """The tensors of a view, made at its first use."""
+        tensors = self._views[index]
+        if tensors is None:
+            local, kind, slot, start, length = self.program.views[index]
+            fields = self.own[kind] if slot is None else self._slot(local, kind, slot)
+            tensors = self._views[index] = [x.narrow(dim, start, length) for x, dim in fields]
+        return tensors
+
+    def _slot(self, local: int, kind: Kind, slot: int) -> list[Field]:
+        key = (local, kind, slot)
         if key not in self._slots:
-            self._slots[key] = tuple((self._shard_like(x, dim), dim) for x, dim in self.own[kind])
-        return [_narrow(field, start, length) for field in self._slots[key]]
-
-    def _shard_like(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        shape = list(x.shape)
-        shape[dim] = self.shard
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
-
-    def result(self, rank: int, kind: Kind, block: Block, result: Result) -> tuple[list[torch.Tensor], bool]:
-        """Where a task accumulates, and whether the kernel has to carry on from what is there."""
-        views = self.view(rank, kind, block, result.slot)
-        carry = bool(result.carried)
-        if carry and len(result.carried) < len(block.chunks):
-            # The kernel carries a block as a whole: give the chunks that are new something to carry.
-            for chunk in set(block.chunks) - set(result.carried):
-                new = self.view(rank, kind, Block(block.owner, (chunk,)), result.slot)
-                for x, value in zip(new, self.empty.get(kind, (0.0, 0.0))):
-                    x.fill_(value)
-        return views, carry
+            self._slots[key] = []
+            for x, dim in self.like[kind]:
+                shape = list(x.shape)
+                shape[dim] = self.program.shard
+                self._slots[key].append((torch.empty(shape, dtype=x.dtype, device=x.device), dim))
+        return self._slots[key]
 
     def play(self) -> None:
-        for row in self.schedule.steps:
-            cells = [(rank, row[rank]) for rank in self.comm.local_ranks]
+        for moment in self.program.moments:
             handle = None
-            if any(cell.sends or cell.receives for _, cell in cells):
-                sends = [self._messages(rank, cell.sends) for rank, cell in cells]
-                receives = [self._messages(rank, cell.receives) for rank, cell in cells]
+            if moment.moves:
+                sends = [[Message(peer, x) for peer, view in row for x in self.view(view)] for row in moment.sends]
+                receives = [
+                    [Message(peer, x) for peer, view in row for x in self.view(view)] for row in moment.receives
+                ]
                 handle = self.comm.exchange(sends, receives)
-            for rank, cell in cells:
-                for merge in cell.merges:
-                    self.merge(rank, merge)
-                for task in cell.tasks:
-                    self.compute(rank, task)
+            for add in moment.adds:
+                self.add(add)
+            for compute in moment.computes:
+                self.compute(compute)
             if handle is not None:
                 handle.wait()
 
-    def _messages(self, rank: int, transfers: Sequence[Any]) -> list[Message]:
-        return [Message(t.peer, x) for t in transfers for x in self.view(rank, t.kind, t.block, t.slot)]
-
-    def merge(self, rank: int, merge: Merge) -> None:
+    def add(self, add: Add) -> None:
         raise NotImplementedError
 
-    def compute(self, rank: int, task: Task) -> None:
+    def compute(self, compute: Compute) -> None:
         raise NotImplementedError
 
 
@@ -107,45 +89,37 @@ class _Forward(_Pass):
         batch, seqlen, nheads, _ = q.shape
         self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self.lse = torch.empty(batch, nheads, seqlen, dtype=dtype, device=q.device)
-        local = [step for row in self.schedule.steps for step in (row[r] for r in self.comm.local_ranks)]
-        one_call = all(
-            set(task.query_result.final) == set(task.query.chunks) and not task.query_result.carried
-            for step in local
-            for task in step.tasks
-        )
-        out_acc = self.out if one_call else torch.empty(q.shape, dtype=dtype, device=q.device)
+        single = self.program.single
+        out_acc = self.out if single else torch.empty(q.shape, dtype=dtype, device=q.device)
         self.own = {
             Kind.QUERY: ((q, 1),),
             Kind.KV: ((k, 1), (v, 1)),
-            Kind.OUT: ((out_acc, 1), (self.lse, 2)),
+            Kind.OUT: ((out_acc, 1), (self.lse, 2), (self.out, 1)),
         }
+        self.like = self.own | {Kind.OUT: self.own[Kind.OUT][:2]}
 
-    def _final(self, rank: int, block: Block, final: tuple[int, ...]) -> torch.Tensor | None:
-        if not final:
-            return None
-        start, length = self._where[block]
-        return self.out.narrow(1, start + self.comm.local_ranks.index(rank) * self.shard, length)
+    def add(self, add: Add) -> None:
+        out_acc, lse, out = self.view(add.own)
+        part, lse_part = self.view(add.part)
+        self.kernel.merge(lse, out_acc, lse_part, part, out if add.finish else None)
 
-    def merge(self, rank: int, merge: Merge) -> None:
-        out_acc, lse = self.view(rank, Kind.OUT, merge.block, None)
-        part, lse_part = self.view(rank, Kind.OUT, merge.block, merge.slot)
-        self.kernel.merge(lse, out_acc, lse_part, part, self._final(rank, merge.block, merge.final))
-
-    def compute(self, rank: int, task: Task) -> None:
-        (q,) = self.view(rank, Kind.QUERY, task.query, task.query_slot)
-        k, v = self.view(rank, Kind.KV, task.key, task.key_slot)
-        result = task.query_result
-        (out_acc, lse), carry = self.result(rank, Kind.OUT, task.query, result)
-        out = None if result.slot is not None else self._final(rank, task.query, result.final)
-        finished = len(result.final) == len(task.query.chunks)
+    def compute(self, compute: Compute) -> None:
+        for fresh in compute.query_fresh:
+            new = self.view(fresh)
+            new[0].zero_()
+            new[1].fill_(float("-inf"))
+        (q,) = self.view(compute.query)
+        k, v = self.view(compute.key)
+        result = self.view(compute.query_result)
+        carry = bool(compute.task.query_result.carried)
         self.kernel.forward(
             q,
             k,
             v,
-            lse,
-            None if finished and not carry else out_acc,
-            out,
-            self.plan.block_mask(task, q.device),
+            result[1],
+            result[0] if compute.keep or carry else None,
+            result[2] if compute.finish else None,
+            self.plan.block_mask(compute.task, q.device),
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
             carry=carry,
@@ -167,23 +141,25 @@ class _Backward(_Pass):
         dtype = accumulator_dtype(q.dtype)
         self.gradients = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)]
         dq, dk, dv = self.gradients
-        self.own = {
+        self.own = self.like = {
             Kind.QUERY: ((q, 1), (dout, 1), (lse, 2), (delta, 2)),
             Kind.KV: ((k, 1), (v, 1)),
             Kind.DQ: ((dq, 1),),
             Kind.DKV: ((dk, 1), (dv, 1)),
         }
 
-    def merge(self, rank: int, merge: Merge) -> None:
-        mine = self.view(rank, merge.kind, merge.block, None)
-        for x, part in zip(mine, self.view(rank, merge.kind, merge.block, merge.slot)):
+    def add(self, add: Add) -> None:
+        for x, part in zip(self.view(add.own), self.view(add.part)):
             x.add_(part)
 
-    def compute(self, rank: int, task: Task) -> None:
-        q, dout, lse, delta = self.view(rank, Kind.QUERY, task.query, task.query_slot)
-        k, v = self.view(rank, Kind.KV, task.key, task.key_slot)
-        (dq,), carry_dq = self.result(rank, Kind.DQ, task.query, task.query_result)
-        (dk, dv), carry_dkv = self.result(rank, Kind.DKV, task.key, task.key_result)
+    def compute(self, compute: Compute) -> None:
+        for fresh in (*compute.query_fresh, *compute.key_fresh):
+            for x in self.view(fresh):
+                x.zero_()
+        q, dout, lse, delta = self.view(compute.query)
+        k, v = self.view(compute.key)
+        (dq,) = self.view(compute.query_result)
+        dk, dv = self.view(compute.key_result)
         self.kernel.backward(
             q,
             k,
@@ -194,11 +170,11 @@ class _Backward(_Pass):
             dq,
             dk,
             dv,
-            self.plan.block_mask(task, q.device),
+            self.plan.block_mask(compute.task, q.device),
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
-            carry_dq=carry_dq,
-            carry_dkv=carry_dkv,
+            carry_dq=bool(compute.task.query_result.carried),
+            carry_dkv=bool(compute.task.key_result.carried),
             deterministic=self.call.deterministic,
         )
 
@@ -225,6 +201,42 @@ def _describe(q: torch.Tensor, k: torch.Tensor, call: Call) -> dict[str, object]
 
 def _heads_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward_pass(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Communicator, kernel: Kernel, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Play the forward schedule on checked input: ``(out, lse)`` of the local ranks' shards."""
+    q, k, v = (_heads_contiguous(x) for x in (q, k, v))
+    forward = _Forward(q, k, v, plan, False, comm, kernel, call)
+    if q.numel():
+        forward.play()
+    return forward.out, forward.lse
+
+
+def backward_pass(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Plan,
+    comm: Communicator,
+    kernel: Kernel,
+    call: Call,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Play the backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype."""
+    q, k, v, dout = (_heads_contiguous(x) for x in (q, k, v, dout))
+    delta = kernel.delta(out, dout)
+    if dlse is not None:
+        delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
+    backward = _Backward(q, k, v, dout, lse, delta, plan, True, comm, kernel, call)
+    if q.numel():
+        backward.play()
+    dq, dk, dv = (x.to(q.dtype) for x in backward.gradients)
+    return dq, dk, dv
 
 
 @torch.library.custom_op("seqpar_attn::attention", mutates_args=())
@@ -255,11 +267,7 @@ def attention_op(
         error = complaint
     if comm.world_size > 1 or error is not None:
         comm.agree(_describe(q, k, call), error)
-    q, k, v = (_heads_contiguous(x) for x in (q, k, v))
-    forward = _Forward(q, k, v, plan, plan.forward, comm, kernel, call)
-    if q.numel():
-        forward.play()
-    return forward.out, forward.lse
+    return forward_pass(q, k, v, plan, comm, kernel, call)
 
 
 @attention_op.register_fake
@@ -295,15 +303,7 @@ def attention_backward_op(
     call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
     comm = communicator(group, q.device)
     plan, kernel = _prepare(q, k, v, comm, call)
-    q, k, v, dout = (_heads_contiguous(x) for x in (q, k, v, dout))
-    delta = kernel.delta(out, dout)
-    if dlse is not None:
-        delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
-    backward = _Backward(q, k, v, dout, lse, delta, plan, plan.backward, comm, kernel, call)
-    if q.numel():
-        backward.play()
-    dq, dk, dv = (x.to(q.dtype) for x in backward.gradients)
-    return dq, dk, dv
+    return backward_pass(dout, dlse, q, k, v, out, lse, plan, comm, kernel, call)
 
 
 @attention_backward_op.register_fake

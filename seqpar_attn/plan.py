@@ -9,6 +9,7 @@ import torch
 from .kernels.base import FULL, BlockMask, interval_mask
 from .layout import get_layout
 from .mask import Mask, MaskKind
+from .program import Program
 from .schedule import Block, Schedule, Task, build_schedule
 
 
@@ -20,23 +21,36 @@ class Plan:
         self.forward, self.backward = (
             build_schedule(method, spans, mask, backward=backward, transfer=transfer) for backward in (False, True)
         )
-        self._masks: dict[tuple[Block, Block, torch.device], BlockMask] = {}
+        self._masks: dict[tuple[int, torch.device], BlockMask] = {}
+        self._shared: dict[tuple[Block, Block, torch.device], BlockMask] = {}
+        self._programs: dict[tuple[bool, tuple[int, ...]], Program] = {}
 
     @functools.cached_property
     def kinds(self) -> frozenset[MaskKind]:
         """What a kernel must be able to mask, on any rank: every rank decides alike."""
         return frozenset(task.kind for row in self.forward.steps for step in row for task in step.tasks)
 
+    def program(self, backward: bool, local_ranks: tuple[int, ...]) -> Program:
+        key = (backward, local_ranks)
+        if key not in self._programs:
+            self._programs[key] = Program(self.backward if backward else self.forward, local_ranks)
+        return self._programs[key]
+
     def block_mask(self, task: Task, device: torch.device) -> BlockMask:
+        """The mask of a task of this plan's schedules on a device."""
         if task.kind is MaskKind.FULL:
             return FULL
-        key = (task.query, task.key, device)
-        if key not in self._masks:
-            if task.kind is MaskKind.CAUSAL:
-                self._masks[key] = BlockMask(MaskKind.CAUSAL, task.offset)
-            else:
-                self._masks[key] = _interval(self.forward, task, device)
-        return self._masks[key]
+        quick = (id(task), device)  # tasks live as long as the plan; hashing one costs more than a step may
+        mask = self._masks.get(quick)
+        if mask is None:
+            key = (task.query, task.key, device)
+            if key not in self._shared:
+                causal = task.kind is MaskKind.CAUSAL
+                self._shared[key] = (
+                    BlockMask(MaskKind.CAUSAL, task.offset) if causal else _interval(self.forward, task, device)
+                )
+            mask = self._masks[quick] = self._shared[key]
+        return mask
 
 
 @functools.lru_cache(maxsize=32)
@@ -56,7 +70,8 @@ def key_intervals(mask: Mask, positions: torch.Tensor) -> tuple[torch.Tensor, to
     if mask.cu_seqlens is None:
         lo, hi = torch.zeros_like(positions), torch.full_like(positions, mask.seqlen)
     else:
-        bounds = torch.tensor(mask.cu_seqlens, device=positions.device)
+        bounds = torch.tensor(mask.cu_seqlens, pin_memory=positions.is_cuda)
+        bounds = bounds.to(positions.device, non_blocking=True)  # from pinned memory: the host does not wait
         document = torch.searchsorted(bounds, positions, right=True)
         lo, hi = bounds[document - 1], bounds[document]
     if mask.causal:

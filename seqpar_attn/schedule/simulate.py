@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .data import Kind, Schedule, Task, Transfer
+from .data import Kind, Schedule, Transfer
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,20 @@ def simulate_schedule(
     schedule: Schedule,
     rates: Rates,
     *,
-    compute_seconds: Callable[[Task], float] | None = None,
+    step_seconds: Callable[[int, int], float] | None = None,
 ) -> Simulation:
     """Play the schedule in time.
 
     A rank starts a step when it has computed the step before and that step's transfers to and from it are done. A
-    message starts when both ends have posted it and both links are free. ``compute_seconds`` replaces the constant
-    rate, e.g. by measured times of tasks.
+    message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)`` replaces the
+    constant rate, e.g. by measured times.
     """
     world_size = schedule.world_size
 
-    def seconds(task: Task) -> float:
-        return compute_seconds(task) if compute_seconds else rates.launch + task.area / rates.pairs_per_second
+    def seconds(step: int, rank: int) -> float:
+        if step_seconds is not None:
+            return step_seconds(step, rank)
+        return sum(rates.launch + task.area / rates.pairs_per_second for task in schedule.steps[step][rank].tasks)
 
     def size(transfer: Transfer) -> float:
         return schedule.length(transfer.block) * rates.bytes_per_token[transfer.kind]
@@ -63,7 +65,7 @@ def simulate_schedule(
     start = [0.0] * world_size
     busy, exposed, sent = ([0.0] * world_size for _ in range(3))
     out_free, in_free = [0.0] * world_size, [0.0] * world_size
-    for row in schedule.steps:
+    for step, row in enumerate(schedule.steps):
         arrived = list(start)
         for source in range(world_size):
             for transfer in row[source].sends:
@@ -74,7 +76,7 @@ def simulate_schedule(
                 arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
                 sent[source] += size(transfer)
         for rank in range(world_size):
-            duration = sum(seconds(task) for task in row[rank].tasks)
+            duration = seconds(step, rank)
             busy[rank] += duration
             computed = start[rank] + duration
             exposed[rank] += max(arrived[rank] - computed, 0.0)

@@ -1,0 +1,124 @@
+"""A schedule as one process plays it: every block resolved to a piece of a tensor, once per plan and not per call.
+
+Host time per step matters (no kernel may wait for Python), so all look-ups of chunks, slots and flags happen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .schedule import Block, Kind, Result, Schedule, Task, Transfer
+
+
+class View(NamedTuple):
+    """``length`` tokens from ``start`` of a slot, or, with slot None, of what the process holds itself.
+
+    ``local`` is the index of the rank among the local ones.
+    """
+
+    local: int
+    kind: Kind
+    slot: int | None
+    start: int
+    length: int
+
+
+class Compute(NamedTuple):
+    """A task; numbers are indices of views. ``query_fresh`` and ``key_fresh`` must be blanked before it."""
+
+    task: Task
+    query: int
+    key: int
+    query_result: int
+    key_result: int
+    query_fresh: tuple[int, ...]
+    key_fresh: tuple[int, ...]
+    keep: bool
+    """Forward: something will be added later, or the result travels, so the accumulator has to be written."""
+    finish: bool
+    """Forward: some chunk is complete, so the output has to be written."""
+
+
+class Add(NamedTuple):
+    """A merge: the view ``part`` into the view ``own``."""
+
+    kind: Kind
+    own: int
+    part: int
+    finish: bool
+
+
+class Moment(NamedTuple):
+    """One step: per local rank (peer, view) to send and to receive, then what runs meanwhile."""
+
+    sends: tuple[tuple[tuple[int, int], ...], ...]
+    receives: tuple[tuple[tuple[int, int], ...], ...]
+    adds: tuple[Add, ...]
+    computes: tuple[Compute, ...]
+    moves: bool
+
+
+class Program:
+    """The steps of ``schedule`` for the ranks ``local_ranks`` of this process."""
+
+    def __init__(self, schedule: Schedule, local_ranks: Sequence[int]):
+        self.schedule = schedule
+        self.shard = sum(span.length for span in schedule.spans[0])
+        self.views: list[View] = []
+        self._index: dict[View, int] = {}
+        self._query_result = Kind.DQ if schedule.backward else Kind.OUT
+        ranks = list(enumerate(local_ranks))
+        self.moments = []
+        for row in schedule.steps:
+            sends, receives = (
+                tuple(tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side)) for i, rank in ranks)
+                for side in ("sends", "receives")
+            )
+            adds = [
+                Add(m.kind, self._view(i, m.kind, m.block, None), self._view(i, m.kind, m.block, m.slot), bool(m.final))
+                for i, rank in ranks
+                for m in row[rank].merges
+            ]
+            computes = [self._compute(i, task) for i, rank in ranks for task in row[rank].tasks]
+            moves = any(sends) or any(receives)
+            self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
+        self.single = all(
+            not compute.keep and not compute.task.query_result.carried
+            for moment in self.moments
+            for compute in moment.computes
+        ) and not any(moment.adds for moment in self.moments)
+        """Forward: no accumulator is needed, every output row is finished by one task."""
+
+    def _view(self, local: int, kind: Kind, block: Block, slot: int | None) -> int:
+        start, length = self.schedule.start(block), self.schedule.length(block)
+        view = View(local, kind, slot, start + (local * self.shard if slot is None else 0), length)
+        if view not in self._index:
+            self._index[view] = len(self.views)
+            self.views.append(view)
+        return self._index[view]
+
+    def _transfer(self, local: int, transfer: Transfer) -> int:
+        return self._view(local, transfer.kind, transfer.block, transfer.slot)
+
+    def _fresh(self, local: int, kind: Kind, block: Block, result: Result) -> tuple[int, ...]:
+        """A kernel carries a block as a whole: where some chunks carry, the new ones need something to carry."""
+        new = [chunk for chunk in block.chunks if chunk not in result.carried]
+        if len(new) == len(block.chunks):
+            return ()
+        return tuple(self._view(local, kind, Block(block.owner, (chunk,)), result.slot) for chunk in new)
+
+    def _compute(self, local: int, task: Task) -> Compute:
+        query_kind, result = self._query_result, task.query_result
+        backward = self.schedule.backward
+        return Compute(
+            task,
+            self._view(local, Kind.QUERY, task.query, task.query_slot),
+            self._view(local, Kind.KV, task.key, task.key_slot),
+            self._view(local, query_kind, task.query, result.slot),
+            self._view(local, Kind.DKV, task.key, task.key_result.slot) if backward else -1,
+            self._fresh(local, query_kind, task.query, result),
+            self._fresh(local, Kind.DKV, task.key, task.key_result) if backward else (),
+            result.slot is not None or len(result.final) < len(task.query.chunks),
+            result.slot is None and bool(result.final),
+        )
