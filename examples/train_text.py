@@ -143,7 +143,8 @@ def finish(
 
     figure = Figure()
     axes = figure.subplots()
-    axes.plot(losses)
+    axes.plot(losses, alpha=0.4)
+    axes.plot([sum(part) / len(part) for part in (losses[max(i - 9, 0) : i + 1] for i in range(len(losses)))])
     axes.set(title=f"{args.method}, {args.world_size} ranks", xlabel="step", ylabel="loss (nats per byte)")
     figure.savefig(args.out / "loss.png", dpi=120)
     print(f"wrote {args.out / 'result.json'} and {args.out / 'loss.png'}")
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--virtual", type=int, help="virtual ranks in this one process instead")
     parser.add_argument("--seqlen", type=int, default=2048, help="bytes per step, over all ranks")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text to train on")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     args = parser.parse_args()

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .base import CommunicationError, Communicator, Message
 from .loopback import Loopback, LoopbackGroup
@@ -61,7 +62,7 @@ def communicator(name: str, device: torch.device) -> Communicator:
     """The communicator of the group that :func:`group_name` named, for tensors on ``device``."""
     if name.startswith("loopback:"):
         return _loopback(int(name.removeprefix("loopback:")))
-    group = dist.distributed_c10d._resolve_process_group(name)
+    group = _resolve_process_group(name)  # type: ignore[arg-type]
     known = _p2p.get((name, device))
     if known is None or known.group is not group:
         known = _p2p[name, device] = P2P(group, device)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from .base import CommunicationError, compare
 
@@ -21,7 +21,7 @@ _calls: dict[str, int] = defaultdict(int)
 
 
 class Handshake:
-    def __init__(self, store: dist.Store, name: str, rank: int, world_size: int, timeout: timedelta, every_call: bool):
+    def __init__(self, store: Store, name: str, rank: int, world_size: int, timeout: timedelta, every_call: bool):
         self.store, self.name, self.rank, self.world_size = store, name, rank, world_size
         self.timeout, self.every_call = timeout, every_call
         self._agreed: set[tuple[tuple[str, object], ...]] = set()

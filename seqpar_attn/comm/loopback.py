@@ -34,11 +34,11 @@ class _Done:
 class _Event:
     """Transfers on a side stream; holds the tensors until the compute stream is ordered behind them."""
 
-    def __init__(self, event: torch.cuda.Event, tensors: list[torch.Tensor]):
-        self.event, self.tensors = event, tensors
+    def __init__(self, device: torch.device, event: torch.cuda.Event, tensors: list[torch.Tensor]):
+        self.device, self.event, self.tensors = device, event, tensors
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        torch.cuda.current_stream(self.device).wait_event(self.event)
         self.tensors = []
 
 
@@ -54,28 +54,30 @@ class Loopback:
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Done | _Event:
         sent: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
-        for source, messages in enumerate(sends):
+        for rank, messages in enumerate(sends):
             for message in messages:
-                sent[source, message.peer].append(message.tensor)
+                sent[rank, message.peer].append(message.tensor)
         copies = [
-            (message.tensor, sent[message.peer, target].popleft())
-            for target, messages in enumerate(receives)
+            (message.tensor, sent[message.peer, rank].popleft())
+            for rank, messages in enumerate(receives)
             for message in messages
         ]
         assert not any(sent.values()), "a message was sent that nobody receives"
         if not copies or not copies[0][0].is_cuda:
-            for target, source in copies:
-                target.copy_(source)
+            for tensor, source in copies:
+                tensor.copy_(source)
             return _Done()
         device = copies[0][0].device
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
+            for tensor, source in copies:
+                tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
-        return _Event(event, [tensor for pair in copies for tensor in pair])
+        return _Event(device, event, [tensor for pair in copies for tensor in pair])
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if error is not None:

@@ -48,7 +48,7 @@ class P2P:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.local_ranks = (self.rank,)
+        self.local_ranks: tuple[int, ...] = (self.rank,)
         self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
         try:
             self.backend = group._get_backend(torch.device(device.type))

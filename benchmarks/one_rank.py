@@ -1,0 +1,161 @@
+"""One rank of W on one GPU: the real kernels, accumulators and buffers of a rank; transfers are local copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import common  # noqa: F401  (first: finds the checkout)
+import torch
+
+from seqpar_attn import kernels
+from seqpar_attn.autograd import backward_pass, forward_pass
+from seqpar_attn.comm.base import Message
+from seqpar_attn.mask import Mask
+from seqpar_attn.plan import make_plan
+from seqpar_attn.schedule import Kind
+from seqpar_attn.validation import Call
+
+
+class _Copied:
+    def __init__(self, event: torch.cuda.Event):
+        self.event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+
+class OneRank:
+    """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
+
+    So memory traffic and overlap are there, the link's own speed and latency are not. Records where steps begin.
+    """
+
+    name = "one rank (simulated transfers)"
+
+    def __init__(self, world_size: int, rank: int):
+        self.world_size, self.local_ranks = world_size, (rank,)
+        self.stream = torch.cuda.Stream()
+        self.sources: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
+        self.begins: list[torch.cuda.Event] = []
+
+    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Copied:
+        begin = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self.begins.append(begin)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        for _, tensor in receives[0]:
+            key = (tensor.shape, tensor.dtype)
+            if key not in self.sources:
+                self.sources[key] = torch.randn(tensor.shape, device=tensor.device).to(tensor.dtype)
+                self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _, tensor in receives[0]:
+                tensor.copy_(self.sources[tensor.shape, tensor.dtype], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return _Copied(event)
+
+    def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+
+@dataclass
+class Times:
+    """Milliseconds of one direction, one value per round; ``steps[i]`` per step of the schedule, medians later."""
+
+    total: list[float] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+
+class Share:
+    """A rank's attention, forward and backward, on its shard of ``tokens``; rank 0 of 1 is the single-device call."""
+
+    def __init__(
+        self,
+        method: str,
+        layout: str,
+        world_size: int,
+        rank: int,
+        tokens: int,
+        nheads: int,
+        nheads_kv: int,
+        headdim: int,
+    ):
+        self.call = Call(method, "pull", layout, True, None, None, None, headdim**-0.5, "auto", False)
+        self.plan = make_plan(method, "pull", layout, world_size, Mask(tokens * world_size))
+        self.comm = OneRank(world_size, rank)
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.kernel = kernels.resolve("auto", device, torch.bfloat16, headdim, self.plan.kinds, None, False)
+        self.shapes = [(1, tokens, heads, headdim) for heads in (nheads, nheads_kv, nheads_kv, nheads)]
+        self.times = {"forward": Times(), "backward": Times()}
+        self.attended = {
+            name: sum(task.area for row in schedule.steps for task in row[rank].tasks)
+            for name, schedule in (("forward", self.plan.forward), ("backward", self.plan.backward))
+        }
+
+    def run(self, pool: torch.Tensor, keep: bool) -> None:
+        """One forward and one backward, timed into ``times`` if ``keep``. Inputs are cut out of ``pool``."""
+        offset, tensors = 0, []
+        for shape in self.shapes:
+            size = torch.Size(shape).numel()
+            tensors.append(pool[offset : offset + size].view(shape))
+            offset += size
+        q, k, v, dout = tensors
+        out, lse = self._timed(
+            "forward", keep, lambda: forward_pass(q, k, v, self.plan, self.comm, self.kernel, self.call)
+        )
+        self._timed(
+            "backward",
+            keep,
+            lambda: backward_pass(dout, None, q, k, v, out, lse, self.plan, self.comm, self.kernel, self.call),
+        )
+
+    def _timed(self, direction: str, keep: bool, function):
+        self.comm.begins = []
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        before = time.perf_counter()
+        result = function()
+        host = (time.perf_counter() - before) * 1e3
+        end.record()
+        end.synchronize()
+        if keep:
+            times = self.times[direction]
+            times.total.append(start.elapsed_time(end))
+            times.host.append(host)
+            times.steps.append(self._steps(direction, start, end))
+        return result
+
+    def _steps(self, direction: str, start: torch.cuda.Event, end: torch.cuda.Event) -> list[float]:
+        """Time of each step; a step that moves nothing has no mark of its own and counts with the one before."""
+        moments = self.plan.program(direction == "backward", self.comm.local_ranks).moments
+        marks = iter(self.comm.begins)
+        begins = [next(marks) if moment.moves else None for moment in moments]
+        begins[0] = start
+        steps = [0.0] * len(moments)
+        known = [i for i, mark in enumerate(begins) if mark is not None]
+        for i, following in zip(known, [*known[1:], None]):
+            steps[i] = begins[i].elapsed_time(end if following is None else begins[following])
+        return steps
+
+
+BYTES = {  # per token and head of the queries (q) or of the keys (kv), headdim 1, bf16 and fp32 accumulators
+    Kind.KV: ("kv", 4),
+    Kind.QUERY: ("q", 2),
+    Kind.OUT: ("q", 4),
+    Kind.DQ: ("q", 4),
+    Kind.DKV: ("kv", 8),
+}
+
+
+def bytes_per_token(nheads: int, nheads_kv: int, headdim: int, backward: bool) -> dict[Kind, float]:
+    """What a token of each kind of transfer weighs; lse and delta are left out (4 bytes per head)."""
+    weights = {kind: size * headdim * (nheads if who == "q" else nheads_kv) for kind, (who, size) in BYTES.items()}
+    if backward:
+        weights[Kind.QUERY] *= 2  # q and dout
+    return weights

@@ -1,0 +1,143 @@
+"""One rank's share of sequence-parallel attention on one GPU, against the single-device call divided by W.
+
+    python3 benchmarks/ring.py --out benchmarks/results
+
+Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
+is a local copy on a side stream. "of ideal" is (single-device call on the whole sequence) / W / (slowest rank).
+"makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all dependencies between
+ranks: once with free links, once with the link given by --link (GB/s each way); those two columns are simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from pathlib import Path
+
+from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+
+# isort: split
+import torch
+from one_rank import Share, bytes_per_token
+
+from seqpar_attn.schedule import Rates, simulate_schedule
+
+METHODS = {"zigzag": ("ring", "zigzag"), "dist_flash": ("dist_flash", "contiguous")}
+
+
+def median_steps(share: Share, direction: str) -> list[float]:
+    return [statistics.median(values) for values in zip(*share.times[direction].steps)]
+
+
+def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
+    """Rows for one shard length: rounds in which the single call and every rank of every method take turns."""
+    heads = (arguments.nheads, arguments.nheads_kv, arguments.headdim)
+    single = Share("ring", "contiguous", 1, 0, tokens * world_size, *heads)
+    shares = {
+        name: [Share(method, layout, world_size, rank, tokens, *heads) for rank in range(world_size)]
+        for name, (method, layout) in METHODS.items()
+    }
+    everyone = [single, *(share for ranks in shares.values() for share in ranks)]
+    size = sum(torch.Size(shape).numel() for shape in single.shapes)
+    pool = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    rounds = max(2, min(arguments.rounds, int(arguments.rounds * 8192 / tokens)))
+    for n in range(rounds + 1):
+        start = n % len(everyone)
+        for share in everyone[start:] + everyone[:start]:
+            share.run(pool, keep=n > 0)
+    rows = []
+    for name, ranks in shares.items():
+        row: dict = {"tokens_per_gpu": tokens, "method": name, "world_size": world_size, "rounds": rounds}
+        both: dict[str, float] = {}
+        for direction in ("forward", "backward"):
+            ideal = statistics.median(single.times[direction].total) / world_size
+            totals = [statistics.median(share.times[direction].total) for share in ranks]
+            steps = [median_steps(share, direction) for share in ranks]
+            schedule = ranks[0].plan.backward if direction == "backward" else ranks[0].plan.forward
+
+            def seconds(step: int, rank: int, steps=steps) -> float:
+                return steps[rank][step] / 1e3
+
+            weights = bytes_per_token(*heads, direction == "backward")
+            free = simulate_schedule(schedule, Rates(1.0, weights), step_seconds=seconds)
+            link = simulate_schedule(
+                schedule,
+                Rates(1.0, weights, bytes_per_second=arguments.link * 1e9, latency=1e-5),
+                step_seconds=seconds,
+            )
+            computing = sum(any(row[0].tasks) for row in schedule.steps)
+            host = max(statistics.median(share.times[direction].host) for share in ranks)
+            row[direction] = {
+                "ideal_ms": ideal,
+                "single_tflops": flops(single, direction, arguments) / statistics.median(single.times[direction].total),
+                "rank_ms": totals,
+                "slowest_ms": max(totals),
+                "of_ideal": ideal / max(totals),
+                "makespan_free_ms": free.makespan * 1e3,
+                "makespan_link_ms": link.makespan * 1e3,
+                "host_us_per_step": host * 1e3 / computing,
+                "gpu_us_per_step": min(totals) * 1e3 / computing,
+            }
+            for key in ("ideal_ms", "slowest_ms", "makespan_free_ms", "makespan_link_ms"):
+                both[key] = both.get(key, 0.0) + row[direction][key]
+        row["both"] = both | {"of_ideal": both["ideal_ms"] / both["slowest_ms"]}
+        rows.append(row)
+        for direction in ("forward", "backward", "both"):
+            for key in ("makespan_free", "makespan_link"):
+                row[direction][f"{key}_of_zigzag"] = row[direction][f"{key}_ms"] / rows[0][direction][f"{key}_ms"]
+    return rows
+
+
+def flops(share: Share, direction: str, arguments: argparse.Namespace) -> float:
+    """In units of 1e9, so that dividing by milliseconds gives TFLOP/s."""
+    factor = 2.5 if direction == "backward" else 1.0
+    return 4e-9 * factor * share.attended[direction] * arguments.nheads * arguments.headdim
+
+
+def render(payload: dict) -> str:
+    header = ["W", "tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms", "of ideal"]
+    header += ["makespan ms, free links*", "/ zigzag's", f"at {payload['link']:g} GB/s*", "/ zigzag's"]
+    header += ["single TFLOP/s", "host us/step", "GPU us/step"]
+    lines = []
+    for row in payload["rows"]:
+        for direction in ("forward", "backward", "both"):
+            x = row[direction]
+            cells = [str(row["world_size"]), str(row["tokens_per_gpu"]), row["method"], direction]
+            cells += [f"{x['ideal_ms']:.2f}", f"{x['slowest_ms']:.2f}", f"{100 * x['of_ideal']:.1f}%"]
+            for key in ("makespan_free", "makespan_link"):
+                cells += [f"{x[key + '_ms']:.2f}", f"{x[key + '_of_zigzag']:.3f}"]
+            if direction == "both":
+                cells += ["", "", ""]
+            else:
+                cells += [f"{x['single_tflops']:.0f}", f"{x['host_us_per_step']:.0f}", f"{x['gpu_us_per_step']:.0f}"]
+            lines.append(cells)
+    note = "One rank at a time on one GPU; transfers are local copies. * simulated from the measured step times."
+    return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768], help="per GPU, at W = 8")
+    parser.add_argument("--world-sizes", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7], help="at 8192 tokens per GPU")
+    parser.add_argument("--nheads", type=int, default=32)
+    parser.add_argument("--nheads-kv", type=int, default=8)
+    parser.add_argument("--headdim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
+    parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    payload: dict = {"machine": machine(arguments.commit), "link": arguments.link, "rows": []}
+    payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim")}
+    for world_size, tokens in [(8, tokens) for tokens in arguments.tokens] + [(w, 8192) for w in arguments.world_sizes]:
+        payload["rows"] += measure(world_size, tokens, arguments)
+        gc.collect()
+        torch.cuda.empty_cache()
+    payload["machine"]["clocks_after"] = clocks()
+    write(arguments.out, "ring", payload, render(payload))
+
+
+if __name__ == "__main__":
+    main()
