@@ -4,6 +4,7 @@
 #   make test        all tests that this machine can run
 #   make lint types  ruff and clang-format; mypy
 #   make gpu-test    tests on an NVIDIA GPU       (in place, with the machine's python3, if its torch sees the GPU)
+#   make gpu-memcheck  a few of them under compute-sanitizer
 #   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise)
 #   make clean       remove what was built or measured; .venv stays
 #
@@ -28,7 +29,7 @@ PINS := $(if $(HAS_GPU)$(filter-out Linux,$(shell uname -s)),,triton==3.6.0 'num
 
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
-.PHONY: demo test lint types gpu-test gpu-bench clean venv
+.PHONY: demo test lint types gpu-test gpu-memcheck gpu-bench clean venv
 
 venv: $(STAMP)
 
@@ -73,6 +74,12 @@ endef
 gpu-test:
 	@$(gpu_python)
 	$$python -m pytest tests -m gpu -q $(PYTEST_ARGS)
+
+# Without torch's caching allocator every tensor has its own bounds.
+gpu-memcheck:
+	@$(gpu_python)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    $$python -m pytest tests/test_attention_gpu.py -m gpu -q -k 'small_odd or one_token' $(PYTEST_ARGS)
 
 gpu-bench:
 	@$(gpu_python)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (info,):  # each adds its own subcommand
         module.add_command(commands)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    check_tensors(q, k, v)
     batch, seqlen, nheads, _ = q.shape
     lse = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(q.dtype), device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse

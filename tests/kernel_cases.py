@@ -107,9 +107,7 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str, strided: 
 def _poisoned_rows(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor:
     """lse or delta, as a slice along the sequence if strided."""
     extra = 7 if case.strided else 0
-    x = torch.full(
-        (case.batch, case.nheads, case.seqlen_q + extra), float("nan"), dtype=dtype, device=device
-    )
+    x = torch.full((case.batch, case.nheads, case.seqlen_q + extra), float("nan"), dtype=dtype, device=device)
     return x[:, :, extra:]
 
 

@@ -59,9 +59,10 @@ def _load(name: str) -> Kernel | str:
     """The one instance of a backend, or why its module cannot be imported."""
     backend = _BACKENDS[name]
     try:
-        return getattr(importlib.import_module(backend.module, __name__), backend.kernel)()
+        kernel: Kernel = getattr(importlib.import_module(backend.module, __name__), backend.kernel)()
     except (ImportError, AttributeError) as error:
         return f"cannot import it ({type(error).__name__}: {error})"
+    return kernel
 
 
 @functools.cache

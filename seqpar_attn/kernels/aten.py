@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -41,27 +41,34 @@ def _refuses_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+    """``q, k, v: [b, h, s, d]`` -> out of q's shape, ``lse: [b, h, s]``, then what the backward wants to be given."""
+    result: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return result
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+    """The same of cuDNN; lse is ``[b, h, s, 1]`` in some versions of torch and ``[b, h, s]`` in others."""
+    result: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return result
+
+
 @functools.cache
-def _conventions(forward_op: str, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _conventions(
+    forward: Callable[..., tuple[torch.Tensor, ...]], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """What the backward of this torch expects besides tensors of ours: random state (two) and the rank of lse.
 
     Names, dtypes and shapes of those have changed between torch versions, so they are taken from a tiny forward
     instead of being written down. Without dropout nobody reads the state's value.
     """
     x = torch.zeros(1, 1, 64, 64, dtype=dtype, device=device)
-    result = _CUDA_FORWARD[forward_op](x, x, x, False, 1.0)
+    result = forward(x, x, x, False, 1.0)
     return result[6], result[7], result[1].dim()
-
-
-# q, k, v: [b, h, s, d] -> out: [b, h, s, d], lse: [b, h, s] or [b, h, s, 1], two lengths, two sizes, two states, debug
-_CUDA_FORWARD = {
-    "flash": lambda q, k, v, causal, scale: torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, causal, False, scale=scale
-    ),
-    "cudnn": lambda q, k, v, causal, scale: torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    ),
-}
 
 
 class AtenKernel(PartialKernel):
@@ -96,13 +103,13 @@ class AtenKernel(PartialKernel):
         softmax_scale: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if q.device.type == "cpu":
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *heads_first, 0.0, causal, scale=softmax_scale
+                q, k, v, 0.0, causal, scale=softmax_scale
             )
         else:
-            out, lse = _CUDA_FORWARD["flash"](*heads_first, causal, softmax_scale)[:2]
+            out, lse = _flash(q, k, v, causal, softmax_scale)[:2]
         return out.transpose(1, 2), lse
 
     def _attend_backward(
@@ -125,7 +132,7 @@ class AtenKernel(PartialKernel):
                 dout, q, k, v, out, lse, 0.0, causal, scale=softmax_scale
             )
         else:
-            state, state2, _ = _conventions("flash", q.device, q.dtype)
+            state, state2, _ = _conventions(_flash, q.device, q.dtype)
             dense = (None, None, q.shape[2], k.shape[2])  # no cumulative lengths
             with _determinism(deterministic):
                 grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -163,8 +170,8 @@ class CudnnKernel(PartialKernel):
         softmax_scale: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = _CUDA_FORWARD["cudnn"](*heads_first, causal, softmax_scale)[:2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = _cudnn(q, k, v, causal, softmax_scale)[:2]
         return out.transpose(1, 2), lse.reshape(lse.shape[:3])
 
     def _attend_backward(
@@ -182,7 +189,7 @@ class CudnnKernel(PartialKernel):
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, dout, out))
-        state, state2, lse_rank = _conventions("cudnn", q.device, q.dtype)
+        state, state2, lse_rank = _conventions(_cudnn, q.device, q.dtype)
         if lse_rank == 4:
             lse = lse.unsqueeze(-1)
         no_bias, no_lengths = None, (None, None)

@@ -58,7 +58,7 @@ def block_forward(
 
 
 @block_forward.register_fake
-def _(*args, **kwargs) -> None:
+def _(*args: object, **kwargs: object) -> None:
     return None
 
 
@@ -108,7 +108,7 @@ def block_backward(
 
 
 @block_backward.register_fake
-def _(*args, **kwargs) -> None:
+def _(*args: object, **kwargs: object) -> None:
     return None
 
 
@@ -138,5 +138,5 @@ def block_merge(
 
 
 @block_merge.register_fake
-def _(*args, **kwargs) -> None:
+def _(*args: object, **kwargs: object) -> None:
     return None

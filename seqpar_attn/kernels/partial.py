@@ -127,12 +127,12 @@ class PartialKernel:
 
     def _operands(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: slice
-    ) -> list[torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         group = q.shape[2] // k.shape[2]
         k, v = k[:, keys], v[:, keys]
         if group > 1 and not self.native_gqa:
             k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-        return [_pad_headdim(x) for x in (q[:, rows], k, v)]
+        return _pad_headdim(q[:, rows]), _pad_headdim(k), _pad_headdim(v)
 
     def forward(
         self,
@@ -226,8 +226,8 @@ class PartialKernel:
         block_dq, block_dk, block_dv = (x[..., : q.shape[3]] for x in grads)
         if block_dk.shape[2] != k.shape[2]:
             # One gradient per query head came back: sum the group in the accumulator's precision, not the input's.
-            heads = (k.shape[2], q.shape[2] // k.shape[2])
-            block_dk, block_dv = (x.unflatten(2, heads).sum(3, dtype=dk.dtype) for x in (block_dk, block_dv))
+            grouped = (*block_dk.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
+            block_dk, block_dv = (x.reshape(grouped).sum(3, dtype=dk.dtype) for x in (block_dk, block_dv))
         _accumulate(dq, block_dq, rows, carry_dq)
         _accumulate(dk, block_dk, keys, carry_dkv)
         _accumulate(dv, block_dv, keys, carry_dkv)

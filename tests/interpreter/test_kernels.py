@@ -42,7 +42,9 @@ def test_padded_headdim(headdim: int, name: str) -> None:
     check(kernel, Case("padded", 20, 40, "causal", offset=9, nheads_kv=1, headdim=headdim), torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("case", [Case("plain", 40, 0), Case("strided", 70, 0, batch=2, headdim=24, strided=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("plain", 40, 0), Case("strided", 70, 0, batch=2, headdim=24, strided=True)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_merge(case: Case, dtype: torch.dtype) -> None:
     check_merge(POINTERS, case, dtype, "cpu")
