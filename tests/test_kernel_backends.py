@@ -23,7 +23,7 @@ from kernel_checks import (
 )
 
 from seqpar_attn.kernels import FULL, BlockMask, flash_attn, get, interval_mask
-from seqpar_attn.kernels.aten import AtenKernel
+from seqpar_attn.kernels.aten import AtenKernel, CudnnKernel
 from seqpar_attn.kernels.flash_attn import FlashAttnKernel
 from seqpar_attn.kernels.partial import pseudo_out
 from seqpar_attn.mask import MaskKind
@@ -183,6 +183,19 @@ def test_aten_refuses_at_the_call(mask, seqlens, softcap, message) -> None:
         ATEN.forward(x.q, x.k, x.v, lse, None, x.q, mask, softmax_scale=1.0, softcap=softcap, carry=False)
     with pytest.raises(ValueError, match=message):
         gradients(ATEN, x, lse, delta, mask)
+
+
+@pytest.mark.parametrize("mask", [FULL, BlockMask(MaskKind.CAUSAL, -1)], ids=["full", "causal-1"])
+@pytest.mark.parametrize("kernel", [ATEN, CudnnKernel()], ids=lambda kernel: kernel.name)
+def test_calls_of_cuda_ops_fit_this_torch(kernel, mask) -> None:
+    """Arguments and shapes only, on the meta device: these schemas have changed between torch versions."""
+    x = make_inputs(64, 64, dtype=torch.bfloat16, nheads_kv=2, headdim=20, device="meta")
+    lse, out_acc = torch.empty(2, 4, 64, device="meta"), torch.empty_like(x.q, dtype=torch.float32)
+    kernel.forward(
+        x.q, x.k, x.v, lse, out_acc, torch.empty_like(x.q), mask, softmax_scale=0.1, softcap=None, carry=True
+    )
+    grads = gradients(kernel, x, lse, torch.empty_like(lse), mask)
+    assert [g.shape for g in grads] == [x.q.shape, x.k.shape, x.v.shape]
 
 
 # --- merge --------------------------------------------------------------------------------------------------------
