@@ -16,6 +16,9 @@ from torch._C._distributed_c10d import Store
 
 from .base import CommunicationError, compare
 
+REMEMBERED = 1024
+"""Descriptions a GPU group remembers; packed batches bring a new one each."""
+
 _calls: dict[str, int] = defaultdict(int)
 """Calls so far per group name; never reset, so that a group made again on the same store meets no old keys."""
 
@@ -24,7 +27,7 @@ class Handshake:
     def __init__(self, store: Store, name: str, rank: int, world_size: int, timeout: timedelta, every_call: bool):
         self.store, self.name, self.rank, self.world_size = store, name, rank, world_size
         self.timeout, self.every_call = timeout, every_call
-        self._agreed: set[tuple[tuple[str, object], ...]] = set()
+        self._agreed: dict[tuple[tuple[str, object], ...], None] = {}
         self._old_key: str | None = None
 
     def _key(self, call: int, rank: int) -> str:
@@ -55,7 +58,9 @@ class Handshake:
             self.store.delete_key(self._old_key)
         self._old_key = keys[self.rank]
         compare([answer["fields"] for answer in answers], [answer["error"] for answer in answers])
-        self._agreed.add(description)
+        self._agreed[description] = None
+        if len(self._agreed) > REMEMBERED:  # every rank saw the same calls, so every rank forgets the same one
+            del self._agreed[next(iter(self._agreed))]
         return True
 
     def _missing(self, keys: list[str]) -> str:
