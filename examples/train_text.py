@@ -2,7 +2,7 @@
 
     python examples/train_text.py                        # 4 gloo processes on the CPU, or one per GPU
     python examples/train_text.py --virtual 8            # 8 virtual ranks in this process (default on a single GPU)
-    torchrun --nproc-per-node 4 examples/train_text.py   # or let torchrun start the ranks
+    torchrun --standalone --nproc-per-node 4 examples/train_text.py
 
 The text is Python's own standard library, byte by byte (or --text FILES). The last step's loss and gradients are
 compared with the same weights and tokens on one device that runs torch's attention on the whole sequence.

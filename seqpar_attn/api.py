@@ -110,7 +110,7 @@ def ring_attention(
         cu_seqlens: document boundaries of the *global* packed sequence, ``[0, ..., seqlen]``; no query sees another
             document. Integers, best as a list or a CPU tensor (a CUDA tensor is copied to the host).
         softcap: scores s become ``softcap * tanh(s / softcap)``.
-        softmax_scale: factor of the scores, by default ``1 / sqrt(headdim)``.
+        softmax_scale: positive factor of the scores, by default ``1 / sqrt(headdim)``.
         backend: "auto" or a kernel's name, see ``python -m seqpar_attn info``. A name never falls back to another.
         deterministic: refuse backends whose gradients may differ from run to run.
         return_lse: also return the log-sum-exp of the scores, ``[batch, nheads, seqlen / world_size]``, natural

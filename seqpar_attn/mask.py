@@ -83,9 +83,7 @@ class Mask:
 
     def _documents(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """The documents that have positions in ``[first, end)``."""
-        if self.cu_seqlens is None:
-            yield 0, self.seqlen
-            return
+        assert self.cu_seqlens is not None
         index = max(bisect.bisect_right(self.cu_seqlens, first) - 1, 0)
         while index + 1 < len(self.cu_seqlens) and self.cu_seqlens[index] < end:
             if self.cu_seqlens[index + 1] > self.cu_seqlens[index]:
@@ -96,16 +94,20 @@ class Mask:
         """Number of attended (query, key) pairs between two spans of the same stride."""
         if not query.length or not key.length:
             return 0
+        if self.cu_seqlens is None:
+            return self._area(query, key, 0, query.length, 0, key.length)
         total = 0
         for document, document_end in self._documents(query.start, query.position(query.length - 1) + 1):
             q_first, q_end = query.index_of(document), query.index_of(document_end)
-            k_first, k_end = key.index_of(document), key.index_of(document_end)
-            if not self.causal:
-                total += (q_end - q_first) * (k_end - k_first)
-                continue
-            shift = (query.start - key.start) // query.stride
-            total += pairs_up_to(q_first, q_end, k_first, k_end, shift)
-            if self.window_size is not None:
-                too_old = (query.start - key.start - self.window_size) // query.stride
-                total -= pairs_up_to(q_first, q_end, k_first, k_end, too_old)
+            total += self._area(query, key, q_first, q_end, key.index_of(document), key.index_of(document_end))
         return total
+
+    def _area(self, query: Span, key: Span, q_first: int, q_end: int, k_first: int, k_end: int) -> int:
+        """Pairs within one document, given as index ranges of the spans."""
+        if not self.causal:
+            return (q_end - q_first) * (k_end - k_first)
+        area = pairs_up_to(q_first, q_end, k_first, k_end, (query.start - key.start) // query.stride)
+        if self.window_size is not None:
+            too_old = (query.start - key.start - self.window_size) // query.stride
+            area -= pairs_up_to(q_first, q_end, k_first, k_end, too_old)
+        return area

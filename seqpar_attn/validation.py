@@ -83,8 +83,8 @@ def check_call(call: Call, seqlen: int) -> None:
             raise ValueError(f"expected causal=True with window_size, got causal=False, window_size={call.window_size}")
     if call.softcap is not None and not (math.isfinite(call.softcap) and call.softcap > 0):
         raise ValueError(f"expected softcap to be positive and finite or None, got {call.softcap!r}")
-    if not math.isfinite(call.softmax_scale):
-        raise ValueError(f"expected a finite softmax_scale, got {call.softmax_scale!r}")
+    if not (math.isfinite(call.softmax_scale) and call.softmax_scale > 0):
+        raise ValueError(f"expected softmax_scale to be positive and finite, got {call.softmax_scale!r}")
     bounds = call.cu_seqlens
     if bounds is not None:
         if len(bounds) < 2 or bounds[0] != 0:

@@ -143,7 +143,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Genera
 
 def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> None:
     """Forward, carried forward, delta, backward and carried backward of one case."""
-    seed = torch.seed() % 2**31
+    seed = int(torch.randint(2**31, ()))
     generator = torch.Generator(device).manual_seed(seed)
     inputs = list(_inputs(case, dtype, device, generator))
     mask = case.block_mask(device)
@@ -186,7 +186,7 @@ def check(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> None:
 
 def check_merge(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> None:
     """Merge of two partial results; some rows have no key in the first, the second or both."""
-    seed = torch.seed() % 2**31
+    seed = int(torch.randint(2**31, ()))
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -220,7 +220,7 @@ def check_merge(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> 
 def check_nan(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
     """A NaN in one query spoils that query's rows and nothing else."""
     case = Case("nan", 40, 40, "causal")
-    q, k, v, _, _, dout = _inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
+    q, k, v, *_ = _inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
     q[0, 17, 1, 5] = float("nan")
     lse = _poisoned_rows(case, torch.float32, device)
     out = _poisoned(q.shape, dtype, device, False)

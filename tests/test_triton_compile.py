@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from seqpar_attn.kernels.triton.config import Tile, choose  # noqa: E402
+from seqpar_attn.kernels.triton.config import Tile  # noqa: E402
 from seqpar_attn.mask import MaskKind  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -51,20 +51,22 @@ def compile_kernel(
     tma = tile.tma and arch >= 90
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DIM": dim, "KIND": KIND_NUMBER[kind], "CARRY": carry,
-        "SOFTCAP": softcap, "EVEN_M": even, "EVEN_N": even, "EVEN_D": headdim == dim, "TMA": tma, "ROWS_TMA": tma,
+        "SOFTCAP": softcap, "EVEN_M": even, "EVEN_N": even, "EVEN_D": headdim == dim, "TMA": tma, 
         "SPECIALIZED": tma and tile.specialized,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if kind is not MaskKind.INTERVAL:
         constants |= {name: None for name in kernel.arg_names if name in POINTERS_INT32}
-    own_tiles = {"q": tile.block_m, "dout": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    # Tiles that a program runs over come through descriptors of the host, those that it keeps through pointers.
+    rows_of = {"dkdv": {"q": tile.block_m, "dout": tile.block_m}}
+    own_tiles = rows_of.get(direction, {"k": tile.block_n, "v": tile.block_n})
     signature, aligned = {}, []
     for name in kernel.arg_names:
         if name in constants:
             continue
         if name in own_tiles and tma:
             signature[name] = f"tensordesc<{dtype}[1, 1, {own_tiles[name]}, {dim}]>"
-        elif name in ("lse", "delta") and tma and direction != "forward":
+        elif name in ("lse", "delta") and direction == "dkdv" and constants["SPECIALIZED"]:
             signature[name] = f"tensordesc<fp32[1, 1, {tile.block_m}]>"
         elif name in POINTERS_INPUT | POINTERS_FP32 | POINTERS_INT32:
             signature[name] = "*fp32" if name in POINTERS_FP32 else "*i32" if name in POINTERS_INT32 else f"*{dtype}"

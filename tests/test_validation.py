@@ -48,6 +48,7 @@ ARGUMENTS = {
     "softcap": ({"softcap": -1.0}, "softcap"),
     "softcap inf": ({"softcap": float("inf")}, "softcap"),
     "scale": ({"softmax_scale": float("nan")}, "softmax_scale"),
+    "scale sign": ({"softmax_scale": 0.0}, "softmax_scale"),
     "empty documents": ({"cu_seqlens": []}, "start at 0"),
     "documents from 1": ({"cu_seqlens": [1, 16]}, "start at 0"),
     "unsorted documents": ({"cu_seqlens": [0, 9, 5, 16]}, "ascending"),

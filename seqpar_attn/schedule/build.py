@@ -140,7 +140,8 @@ class _Builder:
 
     def __init__(self, spans: tuple[tuple[Span, ...], ...], mask: Mask, placement: Placement, backward: bool):
         self.world_size = len(spans)
-        self.backward = backward
+        self.result_kinds = (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,)
+        """The first is what queries accumulate, the second what keys do."""
         self.blocks = _Blocks(mask, spans)
         self.messages: list[_Message] = []
         self.slots: list[_Slot] = []
@@ -282,68 +283,72 @@ class _Builder:
             chunks[kind, owner, slot.index].append(chunk)
         return [Merge(kind, Block(owner, tuple(sorted(c))), slot) for (kind, owner, slot), c in chunks.items()]
 
-    def result(self, step: int, rank: int, index: int, kind: Kind) -> Result:
-        slot = self.slot_of.get((step, rank, index, kind))
-        return Result(slot.index if slot else None, tuple(sorted(self.carried[step, rank, index, kind])))
+    def own_results(self, task: Task, rank: int) -> Iterable[tuple[Kind, Block]]:
+        """The rank's own accumulators that a task adds to."""
+        for kind, block in zip(self.result_kinds, (task.query, task.key)):
+            if block.owner == rank:
+                yield kind, block
 
-    def steps(self) -> list[list[Step]]:
+    def steps(self) -> tuple[tuple[Step, ...], ...]:
         self.assign_slots()
         count = 1 + max([len(self.tasks) - 1, *(m.step for m in self.messages), *(step for step, _ in self.merges)])
         sends, receives = self.transfers(count)
-        query_kind = Kind.DQ if self.backward else Kind.OUT
-        rows: list[list[Step]] = []
+        merges = {key: self.joined_merges(*key) for key in self.merges}
+        # Everything that adds to a rank's own accumulators, in order: (step, merges before tasks, index).
+        order: dict[tuple[Kind, int], list[tuple[int, int, int]]] = defaultdict(list)
+        for (step, _), cell in merges.items():
+            for index, merge in enumerate(cell):
+                for chunk in merge.block.chunks:
+                    order[merge.kind, chunk].append((step, 0, index))
+        for step, rank, index, task in self.all_tasks():
+            for kind, block in self.own_results(task, rank):
+                for chunk in block.chunks:
+                    order[kind, chunk].append((step, 1, index))
+        first = {key: min(events) for key, events in order.items()}
+        last = {key: max(events) for key, events in order.items()}
+
+        def final(kind: Kind, block: Block, event: tuple[int, int, int]) -> tuple[int, ...]:
+            return tuple(chunk for chunk in block.chunks if last[kind, chunk] == event)
+
+        def result(step: int, rank: int, index: int, kind: Kind, block: Block) -> Result:
+            if block.owner == rank:
+                event = (step, 1, index)
+                carried = tuple(chunk for chunk in block.chunks if first[kind, chunk] != event)
+                return Result(None, carried, final(kind, block, event))
+            where = (step, rank, index, kind)
+            return Result(self.slot_of[where].index, tuple(sorted(self.carried[where])))
+
+        def complete(step: int, rank: int, index: int, task: Task) -> Task:
+            query_slot, key_slot = (self.slot_of.get((step, rank, index, kind)) for kind in (Kind.QUERY, Kind.KV))
+            results = [
+                result(step, rank, index, kind, block) for kind, block in zip(self.result_kinds, (task.query, task.key))
+            ]
+            return replace(
+                task,
+                query_slot=query_slot.index if query_slot else None,
+                key_slot=key_slot.index if key_slot else None,
+                query_result=results[0],
+                key_result=results[1] if len(results) > 1 else Result(),
+            )
+
+        rows = []
         for step in range(count):
-            row = []
-            for rank in range(self.world_size):
-                tasks = []
-                for index, task in enumerate(self.tasks[step][rank] if step < len(self.tasks) else []):
-                    query_slot = self.slot_of.get((step, rank, index, Kind.QUERY))
-                    key_slot = self.slot_of.get((step, rank, index, Kind.KV))
-                    tasks.append(
-                        replace(
-                            task,
-                            query_slot=query_slot.index if query_slot else None,
-                            key_slot=key_slot.index if key_slot else None,
-                            query_result=self.result(step, rank, index, query_kind),
-                            key_result=self.result(step, rank, index, Kind.DKV),
-                        )
+            cells = self.tasks[step] if step < len(self.tasks) else [[]] * self.world_size
+            rows.append(
+                tuple(
+                    Step(
+                        tuple(complete(step, rank, index, task) for index, task in enumerate(cells[rank])),
+                        tuple(
+                            replace(merge, final=final(merge.kind, merge.block, (step, 0, index)))
+                            for index, merge in enumerate(merges.get((step, rank), ()))
+                        ),
+                        tuple(sends[step][rank]),
+                        tuple(receives[step][rank]),
                     )
-                merges = self.joined_merges(step, rank)
-                row.append(Step(tuple(tasks), tuple(merges), tuple(sends[step][rank]), tuple(receives[step][rank])))
-            rows.append(row)
-        return rows
-
-
-def _mark_own_accumulators(rows: list[list[Step]], rank: int, kind: Kind) -> None:
-    """Set ``carried`` and ``final`` of everything that adds to the rank's own accumulator of ``kind``."""
-    is_key = kind is Kind.DKV
-
-    def result_of(task: Task) -> tuple[Block, Result]:
-        return (task.key, task.key_result) if is_key else (task.query, task.query_result)
-
-    last: dict[int, tuple[int, int, int]] = {}
-    for s, row in enumerate(rows):
-        for m, merge in enumerate(row[rank].merges):
-            if merge.kind is kind:
-                last.update({chunk: (s, 0, m) for chunk in merge.block.chunks})
-        for t, task in enumerate(row[rank].tasks):
-            block, result = result_of(task)
-            if result.slot is None:
-                last.update({chunk: (s, 1, t) for chunk in block.chunks})
-    seen: set[int] = set()
-    for s, row in enumerate(rows):
-        merges, tasks = list(row[rank].merges), list(row[rank].tasks)
-        for m, merge in enumerate(merges):
-            if merge.kind is kind:
-                merges[m] = replace(merge, final=tuple(c for c in merge.block.chunks if last[c] == (s, 0, m)))
-        for t, task in enumerate(tasks):
-            block, result = result_of(task)
-            if result.slot is None:
-                carried = tuple(c for c in block.chunks if c in seen)
-                result = Result(None, carried, tuple(c for c in block.chunks if last[c] == (s, 1, t)))
-                tasks[t] = replace(task, key_result=result) if is_key else replace(task, query_result=result)
-                seen.update(block.chunks)
-        row[rank] = replace(row[rank], merges=tuple(merges), tasks=tuple(tasks))
+                    for rank in range(self.world_size)
+                )
+            )
+        return tuple(rows)
 
 
 def build_schedule(
@@ -385,11 +390,6 @@ def build_schedule(
         builder.drop_idle_steps()
         builder.pull(Kind.KV)
     builder.pull(Kind.QUERY)
-    for kind in (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,):
+    for kind in builder.result_kinds:
         builder.return_results(kind)
-    rows = builder.steps()
-    for rank in range(len(spans)):
-        for kind in (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,):
-            _mark_own_accumulators(rows, rank, kind)
-    steps = tuple(tuple(row) for row in rows)
-    return Schedule(method if balanced else "ring", backward, mask, spans, steps)
+    return Schedule(method if balanced else "ring", backward, mask, spans, builder.steps())

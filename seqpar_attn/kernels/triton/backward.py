@@ -21,11 +21,14 @@ from .common import (
     fits_tma,
     heads_at_once,
     key_ranges,
+    load_own_rows,
+    load_own_tile,
     load_rows,
     load_tile,
     masked_start,
     padded_headdim,
     program_tile,
+    provide_scratch,
     row_pointer,
     rows_descriptor,
     strides_bsh,
@@ -94,8 +97,7 @@ def _over_queries(
     stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_eb, stride_eh,
     seqlen_q, headdim, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [BLOCK_N, DIM] over ``tiles`` query tiles of each of the ``group`` heads, as one loop so that loads of
     the next head are in flight while the last head computes. Scores are transposed (keys are rows): P^T and dS^T
@@ -110,7 +112,9 @@ def _over_queries(
         if SOFTCAP:
             s = tanh(s * pre_scale)
         # lse: [BLOCK_M]
-        peak = _as_peak(load_rows(lse, batch, head, start, stride_lb, stride_lh, seqlen_q, BLOCK_M, EVEN_M, ROWS_TMA))
+        peak = _as_peak(
+            load_rows(lse, batch, head, start, stride_lb, stride_lh, seqlen_q, BLOCK_M, EVEN_M, SPECIALIZED)
+        )
         p = tl.exp2(s * post_scale - peak[None, :])
         if MASKED:
             queries = start + tl.arange(0, BLOCK_M)
@@ -124,7 +128,7 @@ def _over_queries(
         dv = tl.dot(p.to(q_tile.dtype), dout_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, dout_tile.T, input_precision="ieee")
         # delta: [BLOCK_M]
-        d = load_rows(delta, batch, head, start, stride_eb, stride_eh, seqlen_q, BLOCK_M, EVEN_M, ROWS_TMA)
+        d = load_rows(delta, batch, head, start, stride_eb, stride_eh, seqlen_q, BLOCK_M, EVEN_M, SPECIALIZED)
         ds = p * (dp - d[None, :])
         if SOFTCAP:
             ds = ds * (1.0 - s * s)
@@ -142,7 +146,7 @@ def dkdv_kernel(
     softmax_scale, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    ROWS_TMA: tl.constexpr, SPECIALIZED: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """``nheads, heads_total`` count key heads here. Early keys are seen by most queries: they start first."""
     tile, head_index = program_tile(tl.cdiv(seqlen_k, BLOCK_N), heads_total, heads_at_once, False)
@@ -150,10 +154,10 @@ def dkdv_kernel(
     head_kv = head_index % nheads
     row = tile * BLOCK_N
     # k, v: [BLOCK_N, DIM]
-    k_tile = load_tile(k, batch, head_kv, row, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
-                       BLOCK_N, DIM, EVEN_N, EVEN_D, TMA)  # fmt: skip
-    v_tile = load_tile(v, batch, head_kv, row, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
-                       BLOCK_N, DIM, EVEN_N, EVEN_D, TMA)  # fmt: skip
+    k_tile = load_own_tile(k, batch, head_kv, row, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
+                           BLOCK_N, DIM, EVEN_N, EVEN_D, SPECIALIZED)  # fmt: skip
+    v_tile = load_own_tile(v, batch, head_kv, row, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
+                           BLOCK_N, DIM, EVEN_N, EVEN_D, SPECIALIZED)  # fmt: skip
     # lo, hi: [BLOCK_N]
     lo, hi, begin, full_begin, full_end, end = _query_ranges(
         row, seqlen_q, seqlen_k, offset, query_lo, query_hi, BLOCK_M, BLOCK_N, KIND
@@ -166,7 +170,7 @@ def dkdv_kernel(
             begin, 0, begin, tl.cdiv(end - begin, BLOCK_M),
             stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
             stride_eb, stride_eh, seqlen_q, headdim, pre_scale, post_scale,
-            BLOCK_M, BLOCK_N, DIM, KIND, KIND != FULL, SOFTCAP, EVEN_M, EVEN_D, TMA, ROWS_TMA, True,
+            BLOCK_M, BLOCK_N, DIM, KIND, KIND != FULL, SOFTCAP, EVEN_M, EVEN_D, TMA, True,
         )  # fmt: skip
     else:
         if KIND != FULL:
@@ -177,14 +181,14 @@ def dkdv_kernel(
                 begin, left_tiles, full_end, masked_tiles,
                 stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
                 stride_eb, stride_eh, seqlen_q, headdim, pre_scale, post_scale,
-                BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_M, EVEN_D, TMA, ROWS_TMA, False,
+                BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_M, EVEN_D, TMA, False,
             )  # fmt: skip
         dk_tile, dv_tile = _over_queries(
             dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, batch, head_kv, group, lo, hi,
             full_begin, 0, full_begin, (full_end - full_begin) // BLOCK_M,
             stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
             stride_eb, stride_eh, seqlen_q, headdim, pre_scale, post_scale,
-            BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_M, EVEN_D, TMA, ROWS_TMA, False,
+            BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_M, EVEN_D, TMA, False,
         )  # fmt: skip
     _add_tile(dk, dk_tile * softmax_scale, batch, head_kv, row, stride_dkb, stride_dks, stride_dkh, seqlen_k, headdim,
               BLOCK_N, DIM, CARRY)  # fmt: skip
@@ -232,7 +236,7 @@ def dq_kernel(
     softmax_scale, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    ROWS_TMA: tl.constexpr, SPECIALIZED: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     tile, head_index = program_tile(tl.cdiv(seqlen_q, BLOCK_M), heads_total, heads_at_once, KIND != FULL)
     batch = head_index // nheads
@@ -240,13 +244,13 @@ def dq_kernel(
     head_kv = head // group
     row = tile * BLOCK_M
     # q, dout: [BLOCK_M, DIM]
-    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qs, stride_qh, seqlen_q, headdim,
-                       BLOCK_M, DIM, EVEN_M, EVEN_D, TMA)  # fmt: skip
-    dout_tile = load_tile(dout, batch, head, row, stride_ob, stride_os, stride_oh, seqlen_q, headdim,
-                          BLOCK_M, DIM, EVEN_M, EVEN_D, TMA)  # fmt: skip
+    q_tile = load_own_tile(q, batch, head, row, stride_qb, stride_qs, stride_qh, seqlen_q, headdim,
+                           BLOCK_M, DIM, EVEN_M, EVEN_D, SPECIALIZED)  # fmt: skip
+    dout_tile = load_own_tile(dout, batch, head, row, stride_ob, stride_os, stride_oh, seqlen_q, headdim,
+                              BLOCK_M, DIM, EVEN_M, EVEN_D, SPECIALIZED)  # fmt: skip
     # lse, delta: [BLOCK_M]
-    peak = _as_peak(load_rows(lse, batch, head, row, stride_lb, stride_lh, seqlen_q, BLOCK_M, EVEN_M, ROWS_TMA))
-    d = load_rows(delta, batch, head, row, stride_eb, stride_eh, seqlen_q, BLOCK_M, EVEN_M, ROWS_TMA)
+    peak = _as_peak(load_own_rows(lse, batch, head, row, stride_lb, stride_lh, seqlen_q, BLOCK_M, EVEN_M, SPECIALIZED))
+    d = load_own_rows(delta, batch, head, row, stride_eb, stride_eh, seqlen_q, BLOCK_M, EVEN_M, SPECIALIZED)
     # lo, hi: [BLOCK_M]
     lo, hi, begin, full_begin, full_end, end = key_ranges(
         row, seqlen_q, seqlen_k, offset, key_lo, key_hi, BLOCK_M, BLOCK_N, KIND
@@ -305,16 +309,18 @@ def launch_dkdv(
     seqlen_k, nheads_kv = k.shape[1:3]
     block_m, block_n, dim = tile.block_m, tile.block_n, padded_headdim(headdim)
     tma = tile.tma and fits_tma(q, k, v, dout)
-    rows_tma = tma and fits_tma(lse, delta)
+    specialized = tma and tile.specialized and fits_tma(lse, delta)
+    if specialized:
+        provide_scratch()
     heads_total = batch * nheads_kv
     options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
     dkdv_kernel[(cdiv(seqlen_k, block_n) * heads_total,)](
         tile_descriptor(q, block_m, dim) if tma else q,
-        tile_descriptor(k, block_n, dim) if tma else k,
-        tile_descriptor(v, block_n, dim) if tma else v,
+        k,
+        v,
         tile_descriptor(dout, block_m, dim) if tma else dout,
-        rows_descriptor(lse, block_m) if rows_tma else lse,
-        rows_descriptor(delta, block_m) if rows_tma else delta,
+        rows_descriptor(lse, block_m) if specialized else lse,
+        rows_descriptor(delta, block_m) if specialized else delta,
         dk, dv, mask.query_lo, mask.query_hi,
         *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2], *delta.stride()[:2],
         *strides_bsh(dk), *strides_bsh(dv),
@@ -323,7 +329,7 @@ def launch_dkdv(
         mask.offset, *_scales(softmax_scale, softcap),
         BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=KIND_NUMBER[mask.kind], CARRY=carry,
         SOFTCAP=softcap is not None, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0,
-        EVEN_D=headdim == dim, TMA=tma, ROWS_TMA=rows_tma, SPECIALIZED=rows_tma and tile.specialized,
+        EVEN_D=headdim == dim, TMA=tma, SPECIALIZED=specialized,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip
 
@@ -346,16 +352,18 @@ def launch_dq(
     seqlen_k, nheads_kv = k.shape[1:3]
     block_m, block_n, dim = tile.block_m, tile.block_n, padded_headdim(headdim)
     tma = tile.tma and fits_tma(q, k, v, dout)
-    rows_tma = tma and fits_tma(lse, delta)
+    specialized = tma and tile.specialized and fits_tma(lse, delta)
+    if specialized:
+        provide_scratch()
     heads_total = batch * nheads
     options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
     dq_kernel[(cdiv(seqlen_q, block_m) * heads_total,)](
-        tile_descriptor(q, block_m, dim) if tma else q,
+        q,
         tile_descriptor(k, block_n, dim) if tma else k,
         tile_descriptor(v, block_n, dim) if tma else v,
-        tile_descriptor(dout, block_m, dim) if tma else dout,
-        rows_descriptor(lse, block_m) if rows_tma else lse,
-        rows_descriptor(delta, block_m) if rows_tma else delta,
+        dout,
+        lse,
+        delta,
         dq, mask.key_lo, mask.key_hi,
         *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2], *delta.stride()[:2],
         *strides_bsh(dq),
@@ -364,6 +372,6 @@ def launch_dq(
         mask.offset, *_scales(softmax_scale, softcap),
         BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=KIND_NUMBER[mask.kind], CARRY=carry,
         SOFTCAP=softcap is not None, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0,
-        EVEN_D=headdim == dim, TMA=tma, ROWS_TMA=rows_tma, SPECIALIZED=rows_tma and tile.specialized,
+        EVEN_D=headdim == dim, TMA=tma, SPECIALIZED=specialized,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip

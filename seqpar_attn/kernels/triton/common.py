@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...mask import MaskKind
@@ -51,7 +52,7 @@ def tile_bounds(row, seqlen, headdim, ROWS: tl.constexpr, DIM: tl.constexpr):
 @triton.jit
 def row_pointer(source, batch, head, row, stride_b, stride_s, stride_h):
     """64-bit on purpose: millions of tokens times heads times dim pass 2^31 elements."""
-    return source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s
+    return source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(row, tl.int64) * stride_s
 
 
 @triton.jit
@@ -76,6 +77,24 @@ def load_tile(
 
 
 @triton.jit
+def load_own_tile(
+    source, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """``load_tile`` through a pointer, for the tile that a program keeps."""
+    if SPECIALIZED:
+        # Triton 3.6 splits this tile between two compute groups, and gets it wrong without a word unless the descriptor
+        # is made here (it halves its box), has rank 2 (it moves coordinate 0), and is indexed with a value that no
+        # vector is made of (it moves those as well): hence program_id(1), which is 0.
+        base = row_pointer(source, batch, head, 0, stride_b, stride_s, stride_h)
+        descriptor = tl.make_tensor_descriptor(base, [seqlen, headdim], [stride_s, 1], [ROWS, DIM])
+        return descriptor.load([row + tl.program_id(1), 0])
+    else:
+        return load_tile(source, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
+                         ROWS, DIM, EVEN_S, EVEN_D, False)  # fmt: skip
+
+
+@triton.jit
 def load_rows(
     source, batch, head, row, stride_b, stride_h, seqlen,
     ROWS: tl.constexpr, EVEN_S: tl.constexpr, TMA: tl.constexpr,
@@ -84,11 +103,24 @@ def load_rows(
     if TMA:
         return source.load([batch, head, row]).reshape(ROWS)
     else:
-        pointers = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row + tl.arange(0, ROWS)
+        pointers = row_pointer(source, batch, head, row, stride_b, 1, stride_h) + tl.arange(0, ROWS)
         if EVEN_S:
             return tl.load(pointers)
         else:
             return tl.load(pointers, mask=(row + tl.arange(0, ROWS)) < seqlen, other=0.0)
+
+
+@triton.jit
+def load_own_rows(
+    source, batch, head, row, stride_b, stride_h, seqlen,
+    ROWS: tl.constexpr, EVEN_S: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """``load_rows`` for the rows that a program keeps; see ``load_own_tile``."""
+    if SPECIALIZED:
+        base = row_pointer(source, batch, head, 0, stride_b, 1, stride_h)
+        return tl.make_tensor_descriptor(base, [seqlen], [1], [ROWS]).load([row + tl.program_id(1)])
+    else:
+        return load_rows(source, batch, head, row, stride_b, stride_h, seqlen, ROWS, EVEN_S, False)
 
 
 @triton.jit
@@ -190,6 +222,17 @@ def tile_descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
 def rows_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """``x: [b, h, s]`` read ``rows`` values at a time."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
+
+
+def provide_scratch() -> None:
+    """Descriptors made on the device live in scratch memory that Triton asks of an allocator; a caller's own is kept.
+    Triton keeps it per thread, so look every time (autograd runs backward in a thread of its own)."""
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def strides_bsh(x: torch.Tensor | None) -> tuple[int, int, int]:

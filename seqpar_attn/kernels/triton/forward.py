@@ -8,9 +8,7 @@ import triton.language as tl
 
 from ..base import BlockMask
 from .common import (
-    CAUSAL,
     FULL,
-    INTERVAL,
     KIND_NUMBER,
     LN2,
     LOG2E,
@@ -18,10 +16,12 @@ from .common import (
     fits_tma,
     heads_at_once,
     key_ranges,
+    load_own_tile,
     load_tile,
     masked_start,
     padded_headdim,
     program_tile,
+    provide_scratch,
     row_pointer,
     strides_bsh,
     tanh,
@@ -89,8 +89,8 @@ def forward_kernel(
     head_kv = head // group
     row = tile * BLOCK_M
     # q: [BLOCK_M, DIM]
-    q_tile = load_tile(q, batch, head, row, stride_qb, stride_qs, stride_qh, seqlen_q, headdim,
-                       BLOCK_M, DIM, EVEN_M, EVEN_D, TMA)  # fmt: skip
+    q_tile = load_own_tile(q, batch, head, row, stride_qb, stride_qs, stride_qh, seqlen_q, headdim,
+                           BLOCK_M, DIM, EVEN_M, EVEN_D, SPECIALIZED)  # fmt: skip
     # lo, hi: [BLOCK_M]
     lo, hi, begin, full_begin, full_end, end = key_ranges(
         row, seqlen_q, seqlen_k, offset, key_lo, key_hi, BLOCK_M, BLOCK_N, KIND
@@ -175,6 +175,9 @@ def launch_forward(
     block_m, block_n = tile.block_m, tile.block_n
     dim = padded_headdim(headdim)
     tma = tile.tma and fits_tma(q, k, v)
+    specialized = tma and tile.specialized
+    if specialized:
+        provide_scratch()
     kind = KIND_NUMBER[mask.kind]
     query_tiles, heads_total = cdiv(seqlen_q, block_m), batch * nheads
     if softcap is None:
@@ -183,7 +186,7 @@ def launch_forward(
         pre_scale, post_scale = softmax_scale / softcap, softcap * LOG2E.value
     options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
     forward_kernel[(query_tiles * heads_total,)](
-        tile_descriptor(q, block_m, dim) if tma else q,
+        q,
         tile_descriptor(k, block_n, dim) if tma else k,
         tile_descriptor(v, block_n, dim) if tma else v,
         lse, out_acc, out, mask.key_lo, mask.key_hi,
@@ -193,6 +196,6 @@ def launch_forward(
         mask.offset, pre_scale, post_scale,
         BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=kind, CARRY=carry, SOFTCAP=softcap is not None,
         EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0, EVEN_D=headdim == dim, TMA=tma,
-        SPECIALIZED=tma and tile.specialized,
+        SPECIALIZED=specialized,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
     )  # fmt: skip
