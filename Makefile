@@ -8,11 +8,13 @@
 #   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise)
 #   make clean       remove what was built or measured; .venv stays
 #
-# Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, PYTEST_ARGS='-k ring'
-# goes to pytest. Where pip would fetch a CUDA build of torch that nobody needs, point PIP_INDEX_URL at a CPU one.
+# Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, JOBS=1 the number of
+# test processes, PYTEST_ARGS='-k ring' goes to pytest. Where pip would fetch a CUDA build of torch that nobody needs,
+# point PIP_INDEX_URL at a CPU one.
 
 VENV ?= .venv
 EXTRAS ?= test,demo,lint
+JOBS ?= 2
 PYTEST_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -45,7 +47,7 @@ $(STAMP): Makefile pyproject.toml setup.py
 	    $$found -m venv $(VENV)
 	fi
 	$(PY) -m pip install --quiet '$(TORCH)'
-	$(PY) -m pip install --quiet -e '.[$(EXTRAS)]'
+	$(PY) -m pip install --quiet -e '.[$(EXTRAS)]' pytest-xdist
 	if [ -n "$(PINS)" ]; then $(PY) -m pip install --quiet $(PINS); fi
 	touch $@
 
@@ -53,12 +55,12 @@ demo: $(STAMP)
 	@$(PY) examples/train_text.py --out out/demo
 
 test: $(STAMP)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	sources=$$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+	sources=$$(if [ -d csrc ]; then find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h'; fi)
 	if [ -n "$$sources" ]; then $(VENV)/bin/clang-format --dry-run -Werror $$sources; fi
 
 types: $(STAMP)

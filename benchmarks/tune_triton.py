@@ -233,11 +233,12 @@ def sweep(shapes: list[Shape], only: str | None) -> None:
 
 def _sweep_heads(call: Callable[[], None], work: float) -> None:
     """How many heads should interleave under a mask?"""
-    from seqpar_attn.kernels.triton import common
+    from seqpar_attn.kernels.triton import common, plans
 
     def with_bytes(count: int) -> Callable[[], None]:
         def run() -> None:
             common.L2_BYTES_FOR_KEYS = count
+            plans._plans.clear()
             call()
 
         return run

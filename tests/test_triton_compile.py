@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from seqpar_attn.kernels.triton.config import Tile  # noqa: E402
+from seqpar_attn.kernels.triton.config import Tile, choose  # noqa: E402
 from seqpar_attn.mask import MaskKind  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -87,15 +87,84 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(compiled, folder: Path) -> dict[str, int]:
-    """Registers, stack and local bytes, and how often the instructions that matter occur."""
+def disassemble(compiled, folder: Path, flag: str) -> str:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
 
-    def dump(flag: str) -> str:
-        return subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
 
-    usage, sass = dump("-res-usage"), dump("-sass")
+def resources(compiled, folder: Path) -> dict[str, int]:
+    """Registers, stack and local bytes, shared memory, and how often the instructions that matter occur."""
+    usage, sass = (disassemble(compiled, folder, flag) for flag in ("-res-usage", "-sass"))
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
     found |= {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL")}
     return found | {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+
+
+def tensor_core_loops(sass: str) -> list[list[str]]:
+    """The instructions of the innermost loops that multiply matrices."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?) ;", sass)
+    number = {int(address, 16): n for n, (address, _) in enumerate(lines)}
+    loops = []
+    for address, text in lines:
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < int(address, 16):
+            loops.append((number[int(branch[1], 16)], number[int(address, 16)]))
+    # Retried waits branch back from the end of the program: those spans hold whole loops.
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[text for _, text in lines[first:last]] for first, last in inner]
+    return [body for body in bodies if any("HGMMA" in text or "HMMA" in text for text in body)]
+
+
+def case(direction: str, arch: int, dtype: str, headdim: int, kind: MaskKind, **options):
+    extra = "".join(f"-{name}" if value else f"-not-{name}" for name, value in options.items())
+    name = f"{direction}-sm{arch}-{dtype}-d{headdim}-{kind.value}{extra}"
+    return pytest.param(direction, arch, dtype, headdim, kind, options, id=name)
+
+
+FULL, CAUSAL, INTERVAL = MaskKind
+CASES = [
+    case(direction, *call, **options)
+    for call, options in [
+        *[((90, "bf16", headdim, kind), {}) for headdim in (64, 128) for kind in MaskKind],
+        ((90, "bf16", 256, CAUSAL), {}),
+        ((90, "fp16", 128, CAUSAL), {}),
+        ((90, "bf16", 128, CAUSAL), {"softcap": True}),
+        ((90, "bf16", 96, CAUSAL), {"even": False}),
+        ((80, "bf16", 64, CAUSAL), {}),
+        ((80, "bf16", 128, FULL), {}),
+        ((80, "bf16", 128, INTERVAL), {}),
+        ((80, "fp16", 256, CAUSAL), {}),
+    ]
+    for direction in ("forward", "dkdv", "dq")
+]
+
+
+@pytest.mark.parametrize("direction,arch,dtype,headdim,kind,options", CASES)
+def test_compiles_without_spills(direction, arch, dtype, headdim, kind, options, tmp_path: Path) -> None:
+    tile = choose(direction, arch, 2, headdim, kind)
+    compiled = compile_kernel(direction, tile, arch, dtype, headdim, kind, **options)
+    found = resources(compiled, tmp_path)
+    assert found["LOCAL"] == 0, found
+    assert found["shared"] <= (227 if arch == 90 else 163) * 1024, found
+    assert found["HGMMA" if arch == 90 else "HMMA"] > 0, found
+    if tile.specialized:
+        assert found["warps"] == 12, "Triton did not specialise the warps"
+        check_split_coordinates(compiled.asm["ttgir"])
+    loops = tensor_core_loops(disassemble(compiled, tmp_path, "-sass"))
+    assert loops, "no loop found"
+    # The temporaries of tanh do not fit beside the two accumulators of dkdv.
+    for body in loops if (direction, options) != ("dkdv", {"softcap": True}) else []:
+        assert not [text for text in body if "LDL" in text or "STL" in text], "a loop spills"
+    # Adding a carried fp32 tile may cost a few registers outside the loops; with bounds or 256 columns, many.
+    if headdim <= 128 and not options:
+        assert found["STACK"] <= 32, found
+
+
+def check_split_coordinates(ttgir: str) -> None:
+    """Triton moves the row of a tile that it splits between compute groups, and every vector made of the same value:
+    no vector may be made of it (see ``load_own_tile``)."""
+    rows = set(re.findall(r"async_tma_copy_global_to_local %(?:descriptor|peak|d)\w*\[(%\w+)", ttgir))
+    assert rows, "no tile is loaded through a descriptor made on the device"
+    splats = set(re.findall(r"tt\.splat (%\w+)", ttgir))
+    assert not rows & splats, rows & splats

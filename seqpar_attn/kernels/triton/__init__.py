@@ -84,8 +84,8 @@ class TritonKernel:
         if k.numel() == 0:
             _forward_without_keys(lse, out_acc, out, carry)
             return
-        from .common import on_device_of
         from .forward import launch_forward
+        from .plans import on_device_of
 
         tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
         with on_device_of(q):
@@ -119,7 +119,7 @@ class TritonKernel:
                 dv.zero_()
             return
         from .backward import launch_dkdv, launch_dq
-        from .common import on_device_of
+        from .plans import on_device_of
 
         where = (_arch(q.device), q.element_size(), q.shape[3], mask.kind)
         with on_device_of(q):
@@ -133,8 +133,8 @@ class TritonKernel:
         delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
         if out.numel() == 0:
             return delta
-        from .common import on_device_of
         from .elementwise import launch_delta
+        from .plans import on_device_of
 
         with on_device_of(out):
             launch_delta(out, dout, delta)
@@ -150,8 +150,8 @@ class TritonKernel:
     ) -> None:
         if out_acc.numel() == 0:
             return
-        from .common import on_device_of
         from .elementwise import launch_merge
+        from .plans import on_device_of
 
         with on_device_of(out_acc):
             launch_merge(lse, out_acc, lse_part, out_part, out)

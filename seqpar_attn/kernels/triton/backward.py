@@ -18,9 +18,9 @@ from .common import (
     KIND_NUMBER,
     LOG2E,
     cdiv,
-    fits_tma,
     heads_at_once,
     key_ranges,
+    load_accumulator,
     load_own_rows,
     load_own_tile,
     load_rows,
@@ -28,17 +28,16 @@ from .common import (
     masked_start,
     padded_headdim,
     program_tile,
-    provide_scratch,
     row_pointer,
-    rows_descriptor,
+    score_scales,
+    store_tile,
     strides_bsh,
     tanh,
-    tile_bounds,
-    tile_descriptor,
     tile_offsets,
     visible,
 )
 from .config import Tile
+from .plans import Plan, fits_tma, launch, without_tma
 
 
 @triton.jit
@@ -50,15 +49,14 @@ def _as_peak(lse):
 @triton.jit
 def _add_tile(
     target, value, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
-    ROWS: tl.constexpr, DIM: tl.constexpr, CARRY: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """target [ROWS, DIM] = value, or += value with CARRY."""
     pointers = row_pointer(target, batch, head, row, stride_b, stride_s, stride_h)
     pointers += tile_offsets(stride_s, ROWS, DIM)
-    bounds = tile_bounds(row, seqlen, headdim, ROWS, DIM)
     if CARRY:
-        value += tl.load(pointers, mask=bounds, other=0.0)
-    tl.store(pointers, value, mask=bounds)
+        value += load_accumulator(pointers, row, seqlen, headdim, ROWS, DIM, EVEN_S, EVEN_D)
+    store_tile(pointers, value, row, seqlen, headdim, ROWS, DIM, EVEN_S, EVEN_D)
 
 
 @triton.jit
@@ -190,10 +188,10 @@ def dkdv_kernel(
             stride_eb, stride_eh, seqlen_q, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_M, EVEN_D, TMA, False,
         )  # fmt: skip
-    _add_tile(dk, dk_tile * softmax_scale, batch, head_kv, row, stride_dkb, stride_dks, stride_dkh, seqlen_k, headdim,
-              BLOCK_N, DIM, CARRY)  # fmt: skip
     _add_tile(dv, dv_tile, batch, head_kv, row, stride_dvb, stride_dvs, stride_dvh, seqlen_k, headdim,
-              BLOCK_N, DIM, CARRY)  # fmt: skip
+              BLOCK_N, DIM, EVEN_N, EVEN_D, CARRY)  # fmt: skip
+    _add_tile(dk, dk_tile * softmax_scale, batch, head_kv, row, stride_dkb, stride_dks, stride_dkh, seqlen_k, headdim,
+              BLOCK_N, DIM, EVEN_N, EVEN_D, CARRY)  # fmt: skip
 
 
 @triton.jit
@@ -281,13 +279,7 @@ def dq_kernel(
             BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
         )  # fmt: skip
     _add_tile(dq, dq_tile * softmax_scale, batch, head, row, stride_dqb, stride_dqs, stride_dqh, seqlen_q, headdim,
-              BLOCK_M, DIM, CARRY)  # fmt: skip
-
-
-def _scales(softmax_scale: float, softcap: float | None) -> tuple[float, float, float]:
-    if softcap is None:
-        return softmax_scale, 1.0, softmax_scale * LOG2E.value
-    return softmax_scale, softmax_scale / softcap, softcap * LOG2E.value
+              BLOCK_M, DIM, EVEN_M, EVEN_D, CARRY)  # fmt: skip
 
 
 def launch_dkdv(
@@ -305,33 +297,42 @@ def launch_dkdv(
     softcap: float | None,
     carry: bool,
 ) -> None:
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_kv = k.shape[1:3]
-    block_m, block_n, dim = tile.block_m, tile.block_n, padded_headdim(headdim)
-    tma = tile.tma and fits_tma(q, k, v, dout)
-    specialized = tma and tile.specialized and fits_tma(lse, delta)
-    if specialized:
-        provide_scratch()
-    heads_total = batch * nheads_kv
-    options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
-    dkdv_kernel[(cdiv(seqlen_k, block_n) * heads_total,)](
-        tile_descriptor(q, block_m, dim) if tma else q,
-        k,
-        v,
-        tile_descriptor(dout, block_m, dim) if tma else dout,
-        rows_descriptor(lse, block_m) if specialized else lse,
-        rows_descriptor(delta, block_m) if specialized else delta,
-        dk, dv, mask.query_lo, mask.query_hi,
-        *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2], *delta.stride()[:2],
-        *strides_bsh(dk), *strides_bsh(dv),
-        seqlen_q, seqlen_k, headdim, nheads_kv, nheads // nheads_kv, heads_total,
-        heads_at_once(mask.kind, heads_total, seqlen_q * headdim * q.element_size() * (nheads // nheads_kv)),
-        mask.offset, *_scales(softmax_scale, softcap),
-        BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=KIND_NUMBER[mask.kind], CARRY=carry,
-        SOFTCAP=softcap is not None, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0,
-        EVEN_D=headdim == dim, TMA=tma, SPECIALIZED=specialized,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
-    )  # fmt: skip
+    def plan() -> Plan:
+        batch, seqlen_q, nheads, headdim = q.shape
+        seqlen_k, nheads_kv = k.shape[1:3]
+        group = nheads // nheads_kv
+        addressable = not tile.tma or (fits_tma(q, k, v, dout) and (not tile.specialized or fits_tma(lse, delta)))
+        chosen = tile if addressable else without_tma(tile)
+        block_m, block_n, dim = chosen.block_m, chosen.block_n, padded_headdim(headdim)
+        heads_total = batch * nheads_kv
+        return Plan(
+            cdiv(seqlen_k, block_n) * heads_total,
+            (
+                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2],
+                *delta.stride()[:2], *strides_bsh(dk), *strides_bsh(dv),
+                seqlen_q, seqlen_k, headdim, nheads_kv, group, heads_total,
+                heads_at_once(mask.kind, heads_total, seqlen_q * headdim * q.element_size()),
+            ),
+            {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
+                "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
+                "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
+            },
+            chosen,
+            _query_boxes(chosen, dim),
+            chosen.specialized,
+        )  # fmt: skip
+
+    arrays = (q, k, v, dout, lse, delta, dk, dv, mask.query_lo, mask.query_hi)
+    variables = (mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
+    launch(dkdv_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)
+
+
+def _query_boxes(tile: Tile, dim: int) -> dict[int, list[int]]:
+    """q, dout and, where pointers would not do, lse and delta."""
+    rows = tile.block_m
+    boxes = {0: [1, 1, rows, dim], 3: [1, 1, rows, dim]} if tile.tma else {}
+    return boxes | {4: [1, 1, rows], 5: [1, 1, rows]} if tile.specialized else boxes
 
 
 def launch_dq(
@@ -348,30 +349,32 @@ def launch_dq(
     softcap: float | None,
     carry: bool,
 ) -> None:
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_kv = k.shape[1:3]
-    block_m, block_n, dim = tile.block_m, tile.block_n, padded_headdim(headdim)
-    tma = tile.tma and fits_tma(q, k, v, dout)
-    specialized = tma and tile.specialized and fits_tma(lse, delta)
-    if specialized:
-        provide_scratch()
-    heads_total = batch * nheads
-    options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
-    dq_kernel[(cdiv(seqlen_q, block_m) * heads_total,)](
-        q,
-        tile_descriptor(k, block_n, dim) if tma else k,
-        tile_descriptor(v, block_n, dim) if tma else v,
-        dout,
-        lse,
-        delta,
-        dq, mask.key_lo, mask.key_hi,
-        *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2], *delta.stride()[:2],
-        *strides_bsh(dq),
-        seqlen_q, seqlen_k, headdim, nheads, nheads // nheads_kv, heads_total,
-        heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
-        mask.offset, *_scales(softmax_scale, softcap),
-        BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=KIND_NUMBER[mask.kind], CARRY=carry,
-        SOFTCAP=softcap is not None, EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0,
-        EVEN_D=headdim == dim, TMA=tma, SPECIALIZED=specialized,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
-    )  # fmt: skip
+    def plan() -> Plan:
+        batch, seqlen_q, nheads, headdim = q.shape
+        seqlen_k, nheads_kv = k.shape[1:3]
+        group = nheads // nheads_kv
+        addressable = not tile.tma or (fits_tma(q, k, v, dout) and (not tile.specialized or fits_tma(lse, delta)))
+        chosen = tile if addressable else without_tma(tile)
+        block_m, block_n, dim = chosen.block_m, chosen.block_n, padded_headdim(headdim)
+        heads_total = batch * nheads
+        return Plan(
+            cdiv(seqlen_q, block_m) * heads_total,
+            (
+                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2],
+                *delta.stride()[:2], *strides_bsh(dq),
+                seqlen_q, seqlen_k, headdim, nheads, group, heads_total,
+                heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
+            ),
+            {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
+                "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
+                "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
+            },
+            chosen,
+            {1: [1, 1, block_n, dim], 2: [1, 1, block_n, dim]} if chosen.tma else {},
+            chosen.specialized,
+        )  # fmt: skip
+
+    arrays = (q, k, v, dout, lse, delta, dq, mask.key_lo, mask.key_hi)
+    variables = (mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
+    launch(dq_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import _allocation
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...mask import MaskKind
 
@@ -21,7 +16,7 @@ KIND_NUMBER = {MaskKind.FULL: 0, MaskKind.CAUSAL: 1, MaskKind.INTERVAL: 2}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-L2_BYTES_FOR_KEYS = 32 << 20
+L2_BYTES_FOR_KEYS = 64 << 20
 
 
 @triton.jit
@@ -124,6 +119,32 @@ def load_own_rows(
 
 
 @triton.jit
+def load_accumulator(
+    pointers, row, seqlen, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, DIM]; nothing defined outside the tensor. No bounds where none are needed: a full fp32 tile beside the
+    accumulators leaves few registers."""
+    if EVEN_S and EVEN_D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=tile_bounds(row, seqlen, headdim, ROWS, DIM))
+
+
+@triton.jit
+def store_tile(
+    pointers, value, row, seqlen, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, DIM] in the type of the target."""
+    value = value.to(pointers.dtype.element_ty)
+    if EVEN_S and EVEN_D:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=tile_bounds(row, seqlen, headdim, ROWS, DIM))
+
+
+@triton.jit
 def key_ranges(
     row, seqlen_q, seqlen_k, offset, key_lo, key_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr
 ):
@@ -203,44 +224,12 @@ def heads_at_once(kind: MaskKind, heads_total: int, bytes_per_head: int) -> int:
     return max(1, min(heads_total, L2_BYTES_FOR_KEYS // max(1, 2 * bytes_per_head)))
 
 
-def fits_tma(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors: bases and strides in multiples of 16 bytes."""
-    for x in tensors:
-        bytes_per_element = x.element_size()
-        if x.data_ptr() % 16 or any(stride * bytes_per_element % 16 for stride in x.stride()[:-1]):
-            return False
-    return True
-
-
-def tile_descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """``x: [b, s, h, d]`` read in tiles of ``[rows, dim]``; what lies outside reads as zero."""
-    batch, seqlen, nheads, headdim = x.shape
-    stride_b, stride_s, stride_h, _ = x.stride()
-    return TensorDescriptor(x, [batch, nheads, seqlen, headdim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, dim])
-
-
-def rows_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """``x: [b, h, s]`` read ``rows`` values at a time."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
-
-
-def provide_scratch() -> None:
-    """Descriptors made on the device live in scratch memory that Triton asks of an allocator; a caller's own is kept.
-    Triton keeps it per thread, so look every time (autograd runs backward in a thread of its own)."""
-    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
-        triton.set_allocator(_scratch)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def score_scales(softmax_scale: float, softcap: float | None) -> tuple[float, float]:
+    """``(pre, post)``: scores in powers of two are ``s * post``, or ``tanh(s * pre) * post`` with a soft cap."""
+    if softcap is None:
+        return 1.0, softmax_scale * LOG2E.value
+    return softmax_scale / softcap, softcap * LOG2E.value
 
 
 def strides_bsh(x: torch.Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make that the tensor's without paying for it when it already is."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

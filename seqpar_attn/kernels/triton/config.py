@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...mask import MaskKind
 
@@ -22,6 +22,8 @@ class Tile:
     specialized: bool = False
     """One warp group loads, two compute (sm_90; needs ``tma`` and num_warps=4, which then counts the warps of one
     group). Triton 3.6 splits a kernel with a single loop that loads through the copy engine only: no intervals."""
+    otherwise: Tile | None = None
+    """Used in place of this one where strides or addresses do not allow the copy engine."""
     maxnreg: int | None = None
     """Cap on registers per thread, to let more programs share a multiprocessor."""
 
@@ -37,27 +39,37 @@ def choose(direction: str, arch: int, itemsize: int, headdim: int, kind: MaskKin
         return _FP32[direction][column]
     if arch // 10 != 9:
         return _SM80[direction][column]
-    if kind is not MaskKind.INTERVAL and (direction, column) in _SM90_SPECIALIZED:
-        return _SM90_SPECIALIZED[direction, column]
-    return _SM90[direction][column]
+    tile = _SM90[direction][column]
+    if direction == "dq" and column == 0 and kind is MaskKind.FULL:
+        return Tile(128, 64, 8, 3)
+    specialized = _SM90_SPECIALIZED[direction][column]
+    if specialized is None or kind is MaskKind.INTERVAL:
+        return tile
+    return replace(specialized, otherwise=tile)
+
+
+def _specialized(block_m: int, block_n: int, num_stages: int) -> Tile:
+    return Tile(block_m, block_n, 4, num_stages, tma=True, specialized=True)
 
 
 # One entry per padded head dimension: up to 64, 128, 256.
 _SM90 = {
-    "forward": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    "dkdv": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 2)),
-    "dq": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    "forward": (Tile(128, 64, 4, 3, tma=True), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, tma=True)),
+    "dkdv": (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 2, tma=True)),
+    "dq": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
 }
 _SM90_SPECIALIZED = {
-    ("forward", 0): Tile(128, 128, 4, 2, tma=True, specialized=True),
-    ("forward", 1): Tile(128, 128, 4, 2, tma=True, specialized=True),
+    "forward": (None, _specialized(128, 128, 2), None),
+    "dkdv": (_specialized(128, 128, 2), _specialized(64, 128, 2), None),
+    "dq": (None, _specialized(128, 64, 2), None),
 }
+# Not measured: chosen so that nothing spills inside a loop.
 _SM80 = {
-    "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     "dkdv": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 32, 4, 1)),
     "dq": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
 }
-# No tensor cores in full precision: small tiles, since a multiply-add per element is unrolled.
+# No tensor cores in full precision: small tiles, since every multiply-add is unrolled.
 _FP32 = {
     "forward": (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
     "dkdv": (Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from .common import cdiv, padded_headdim, row_pointer, strides_bsh, tile_bounds, tile_offsets
+from .config import Tile
+from .plans import Plan, launch
 
 ROWS_PER_PROGRAM = 32
 
@@ -38,11 +40,12 @@ def delta_kernel(
 
 
 def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
-    batch, seqlen, nheads, headdim = out.shape
-    delta_kernel[(nheads * cdiv(seqlen, ROWS_PER_PROGRAM) * batch,)](
-        out, dout, delta, *strides_bsh(out), *strides_bsh(dout), seqlen, nheads, headdim,
-        ROWS=ROWS_PER_PROGRAM, DIM=padded_headdim(headdim), num_warps=4,
-    )  # fmt: skip
+    def plan() -> Plan:
+        batch, seqlen, nheads, headdim = out.shape
+        numbers = (*strides_bsh(out), *strides_bsh(dout), seqlen, nheads, headdim)
+        return _row_plan(batch, seqlen, nheads, headdim, numbers)
+
+    launch(delta_kernel, None, (out, dout, delta), (), plan)
 
 
 @triton.jit(do_not_specialize=["seqlen", "nheads"])
@@ -85,9 +88,16 @@ def launch_merge(
     out_part: torch.Tensor,
     out: torch.Tensor | None,
 ) -> None:
-    batch, seqlen, nheads, headdim = out_acc.shape
-    merge_kernel[(nheads * cdiv(seqlen, ROWS_PER_PROGRAM) * batch,)](
-        lse, out_acc, lse_part, out_part, out,
-        *lse.stride()[:2], *strides_bsh(out_acc), *lse_part.stride()[:2], *strides_bsh(out_part), *strides_bsh(out),
-        seqlen, nheads, headdim, ROWS=ROWS_PER_PROGRAM, DIM=padded_headdim(headdim), num_warps=4,
-    )  # fmt: skip
+    def plan() -> Plan:
+        batch, seqlen, nheads, headdim = out_acc.shape
+        strides = (*lse.stride()[:2], *strides_bsh(out_acc), *lse_part.stride()[:2], *strides_bsh(out_part))
+        numbers = (*strides, *strides_bsh(out), seqlen, nheads, headdim)
+        return _row_plan(batch, seqlen, nheads, headdim, numbers)
+
+    launch(merge_kernel, None, (lse, out_acc, lse_part, out_part, out), (), plan)
+
+
+def _row_plan(batch: int, seqlen: int, nheads: int, headdim: int, numbers: tuple[int, ...]) -> Plan:
+    rows = ROWS_PER_PROGRAM
+    constants = {"ROWS": rows, "DIM": padded_headdim(headdim)}
+    return Plan(batch * nheads * cdiv(seqlen, rows), numbers, constants, Tile(rows, rows, 4, 1), {})

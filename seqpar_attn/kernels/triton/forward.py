@@ -13,24 +13,24 @@ from .common import (
     LN2,
     LOG2E,
     cdiv,
-    fits_tma,
     heads_at_once,
     key_ranges,
+    load_accumulator,
     load_own_tile,
     load_tile,
     masked_start,
     padded_headdim,
     program_tile,
-    provide_scratch,
     row_pointer,
+    score_scales,
+    store_tile,
     strides_bsh,
     tanh,
-    tile_bounds,
-    tile_descriptor,
     tile_offsets,
     visible,
 )
 from .config import Tile
+from .plans import Plan, fits_tma, launch, without_tma
 
 
 @triton.jit
@@ -143,18 +143,19 @@ def forward_kernel(
         old_weight *= weight
         weight *= rescale
     acc *= weight[:, None]
-    bounds = tile_bounds(row, seqlen_q, headdim, BLOCK_M, DIM)
     if out_acc is not None:
         # out_acc: [BLOCK_M, DIM]
         acc_pointers = row_pointer(out_acc, batch, head, row, stride_ab, stride_as, stride_ah)
         acc_pointers += tile_offsets(stride_as, BLOCK_M, DIM)
         if CARRY:
-            acc += tl.load(acc_pointers, mask=bounds, other=0.0) * old_weight[:, None]
-        tl.store(acc_pointers, acc, mask=bounds)
+            old = load_accumulator(acc_pointers, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
+            acc += old * old_weight[:, None]
+        store_tile(acc_pointers, acc, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
     if out is not None:
         # out: [BLOCK_M, DIM]
         out_pointers = row_pointer(out, batch, head, row, stride_ob, stride_os, stride_oh)
-        tl.store(out_pointers + tile_offsets(stride_os, BLOCK_M, DIM), acc.to(out.dtype.element_ty), mask=bounds)
+        out_pointers += tile_offsets(stride_os, BLOCK_M, DIM)
+        store_tile(out_pointers, acc, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
 
 
 def launch_forward(
@@ -170,32 +171,29 @@ def launch_forward(
     softcap: float | None,
     carry: bool,
 ) -> None:
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_kv = k.shape[1:3]
-    block_m, block_n = tile.block_m, tile.block_n
-    dim = padded_headdim(headdim)
-    tma = tile.tma and fits_tma(q, k, v)
-    specialized = tma and tile.specialized
-    if specialized:
-        provide_scratch()
-    kind = KIND_NUMBER[mask.kind]
-    query_tiles, heads_total = cdiv(seqlen_q, block_m), batch * nheads
-    if softcap is None:
-        pre_scale, post_scale = 1.0, softmax_scale * LOG2E.value
-    else:
-        pre_scale, post_scale = softmax_scale / softcap, softcap * LOG2E.value
-    options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
-    forward_kernel[(query_tiles * heads_total,)](
-        q,
-        tile_descriptor(k, block_n, dim) if tma else k,
-        tile_descriptor(v, block_n, dim) if tma else v,
-        lse, out_acc, out, mask.key_lo, mask.key_hi,
-        *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *lse.stride()[:2], *strides_bsh(out_acc), *strides_bsh(out),
-        seqlen_q, seqlen_k, headdim, nheads, nheads // nheads_kv, heads_total,
-        heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
-        mask.offset, pre_scale, post_scale,
-        BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, KIND=kind, CARRY=carry, SOFTCAP=softcap is not None,
-        EVEN_M=seqlen_q % block_m == 0, EVEN_N=seqlen_k % block_n == 0, EVEN_D=headdim == dim, TMA=tma,
-        SPECIALIZED=specialized,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
-    )  # fmt: skip
+    def plan() -> Plan:
+        batch, seqlen_q, nheads, headdim = q.shape
+        seqlen_k, nheads_kv = k.shape[1:3]
+        chosen = tile if not tile.tma or fits_tma(q, k, v) else without_tma(tile)
+        block_m, block_n, dim = chosen.block_m, chosen.block_n, padded_headdim(headdim)
+        heads_total = batch * nheads
+        return Plan(
+            cdiv(seqlen_q, block_m) * heads_total,
+            (
+                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *lse.stride()[:2], *strides_bsh(out_acc),
+                *strides_bsh(out), seqlen_q, seqlen_k, headdim, nheads, nheads // nheads_kv, heads_total,
+                heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
+            ),
+            {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
+                "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
+                "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
+            },
+            chosen,
+            {1: [1, 1, block_n, dim], 2: [1, 1, block_n, dim]} if chosen.tma else {},
+            chosen.specialized,
+        )  # fmt: skip
+
+    arrays = (q, k, v, lse, out_acc, out, mask.key_lo, mask.key_hi)
+    variables = (mask.offset, *score_scales(softmax_scale, softcap))
+    launch(forward_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)
