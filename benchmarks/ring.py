@@ -6,6 +6,7 @@ Every rank of W takes turns on this GPU with its real kernels, accumulators and 
 is a local copy on a side stream. "of ideal" is (single-device call on the whole sequence) / W / (slowest rank).
 "makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all dependencies between
 ranks: once with free links, once with the link given by --link (GB/s each way); those two columns are simulated.
+"host us/step" is Python's time per step that computes, without the stand-in for the transfers.
 """
 
 from __future__ import annotations

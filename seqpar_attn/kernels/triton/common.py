@@ -232,4 +232,7 @@ def score_scales(softmax_scale: float, softcap: float | None) -> tuple[float, fl
 
 
 def strides_bsh(x: torch.Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
+    if x is None:
+        return 0, 0, 0
+    assert x.stride(1) < 1 << 23, f"offsets inside a tile of 256 rows need 32 bits, got stride {x.stride(1)}"
+    return x.stride()[:3]

@@ -47,14 +47,17 @@ def launch(
     variables: tuple[float, ...],
     make_plan: Callable[[], Plan],
 ) -> None:
-    """Launch ``kernel`` on the current stream. ``options`` and the arrays' geometry must determine the plan."""
-    first = arrays[0]
-    assert first is not None
+    """Launch ``kernel`` on the current stream.
+
+    ``options``, the shapes of the first two arrays, and strides, dtypes and alignments of all must determine the plan.
+    """
+    first, second = arrays[0], arrays[1]
+    assert first is not None and second is not None
     device = first.device.index
     pointers: list[Any] = [0 if x is None else x.data_ptr() for x in arrays]
     key = (
-        id(kernel), device, options,
-        *[None if x is None else (x.shape, x.stride(), x.dtype, p % 16) for x, p in zip(arrays, pointers)],
+        id(kernel), device, options, first.shape, second.shape,
+        *[None if x is None else (x.stride(), x.dtype, p % 16) for x, p in zip(arrays, pointers)],
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -133,8 +136,16 @@ def _provide_scratch() -> None:
         triton.set_allocator(_scratch)
 
 
+_scratch_buffers: dict[tuple[int, int | None], torch.Tensor] = {}
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    """One buffer per stream: kernels of a stream run one after the other, and an allocation per launch is host time."""
+    key = (torch.cuda.current_device(), stream)
+    buffer = _scratch_buffers.get(key)
+    if buffer is None or buffer.numel() < size:
+        buffer = _scratch_buffers[key] = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda")
+    return buffer
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
