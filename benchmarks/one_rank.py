@@ -17,7 +17,6 @@ from seqpar_attn.plan import make_plan
 from seqpar_attn.schedule import Kind
 from seqpar_attn.validation import Call
 
-
 HEAD_START_CYCLES = 4_000_000  # about 2 ms
 
 

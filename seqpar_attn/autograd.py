@@ -46,7 +46,9 @@ class _Pass:
         if tensors is None:
             local, kind, slot, start, length = self.program.views[index]
             fields = self.own[kind] if slot is None else self._slot(local, kind, slot)
-            tensors = self._views[index] = [x.narrow(dim, start, length) for x, dim in fields]
+            tensors = self._views[index] = [
+                x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in fields
+            ]
         return tensors
 
     def _slot(self, local: int, kind: Kind, slot: int) -> list[Field]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 class MaskKind(enum.Enum):
     """What a kernel has to do about the mask of one block of attention."""
 
+    __hash__ = object.__hash__  # members are single objects; enum's own hash is Python code
+
     FULL = "full"
     """Every query sees every key."""
     CAUSAL = "causal"

@@ -20,9 +20,14 @@ def check(seqlen, mask, method, world_size, dtype, **shape):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("method", METHODS, **ids)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eight_ranks(dtype, method, mask):
-    check(16 * 101, mask, method, 8, dtype, headdim=64, batch=2)
+def test_eight_ranks(method, mask):
+    check(16 * 101, mask, method, 8, torch.bfloat16, headdim=64, batch=2)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", [ZIGZAG, STRIPED, DIST_FLASH], **ids)
+def test_eight_ranks_float16(method, mask):
+    check(16 * 101, mask, method, 8, torch.float16, headdim=64, batch=2)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 16])
@@ -80,10 +85,15 @@ def test_nothing_synchronises():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_runs_are_identical():
-    x = make_inputs(4096, dtype=torch.bfloat16, device="cuda", headdim=128)
-    first, second = (run(x, ZIGZAG, 8, deterministic=True) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("mask", ["causal", "full", "softcap"])
+@pytest.mark.parametrize("headdim", [64, 128])
+def test_runs_are_identical(headdim, mask):
+    """Nothing is added atomically, so any difference would be a race."""
+    x = make_inputs(4096, mask, dtype=torch.bfloat16, device="cuda", headdim=headdim)
+    first = run(x, ZIGZAG, 8, deterministic=True)
+    for _ in range(10):
+        again = run(x, ZIGZAG, 8, deterministic=True)
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_long_sequence_offsets():

@@ -20,6 +20,8 @@ from ..mask import Mask, MaskKind, Span
 class Kind(enum.Enum):
     """What a transfer or a slot holds."""
 
+    __hash__ = object.__hash__  # members are single objects; enum's own hash is Python code
+
     KV = "kv"
     """Keys and values, in the input dtype."""
     QUERY = "query"

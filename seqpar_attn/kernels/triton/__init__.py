@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -29,6 +31,21 @@ def _arch(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def _launchers() -> Any:
+    """What needs Triton, imported once and late; an import statement costs host time at every launch."""
+    from . import backward, elementwise, forward, plans
+
+    return SimpleNamespace(
+        on_device_of=plans.on_device_of,
+        launch_forward=forward.launch_forward,
+        launch_dkdv=backward.launch_dkdv,
+        launch_dq=backward.launch_dq,
+        launch_delta=elementwise.launch_delta,
+        launch_merge=elementwise.launch_merge,
+    )
 
 
 class TritonKernel:
@@ -84,12 +101,10 @@ class TritonKernel:
         if k.numel() == 0:
             _forward_without_keys(lse, out_acc, out, carry)
             return
-        from .forward import launch_forward
-        from .plans import on_device_of
-
         tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
-        with on_device_of(q):
-            launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry)
+        launchers = _launchers()
+        with launchers.on_device_of(q):
+            launchers.launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry)
 
     def backward(
         self,
@@ -118,26 +133,22 @@ class TritonKernel:
                 dk.zero_()
                 dv.zero_()
             return
-        from .backward import launch_dkdv, launch_dq
-        from .plans import on_device_of
-
+        launchers = _launchers()
         where = (_arch(q.device), q.element_size(), q.shape[3], mask.kind)
-        with on_device_of(q):
+        with launchers.on_device_of(q):
             tile = self._choose("dkdv", *where)
-            launch_dkdv(tile, q, k, v, dout, lse, delta, dk, dv, mask, softmax_scale, softcap, carry_dkv)
+            launchers.launch_dkdv(tile, q, k, v, dout, lse, delta, dk, dv, mask, softmax_scale, softcap, carry_dkv)
             tile = self._choose("dq", *where)
-            launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
+            launchers.launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         batch, seqlen, nheads, _ = out.shape
         delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
         if out.numel() == 0:
             return delta
-        from .elementwise import launch_delta
-        from .plans import on_device_of
-
-        with on_device_of(out):
-            launch_delta(out, dout, delta)
+        launchers = _launchers()
+        with launchers.on_device_of(out):
+            launchers.launch_delta(out, dout, delta)
         return delta
 
     def merge(
@@ -150,11 +161,9 @@ class TritonKernel:
     ) -> None:
         if out_acc.numel() == 0:
             return
-        from .elementwise import launch_merge
-        from .plans import on_device_of
-
-        with on_device_of(out_acc):
-            launch_merge(lse, out_acc, lse_part, out_part, out)
+        launchers = _launchers()
+        with launchers.on_device_of(out_acc):
+            launchers.launch_merge(lse, out_acc, lse_part, out_part, out)
 
 
 def _check_scale(softmax_scale: float) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from ...mask import MaskKind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tile:
-    """How one kernel cuts its block."""
+    """How one kernel cuts its block. Compared by identity: a hash of all fields costs host time at every launch."""
 
     block_m: int
     block_n: int
@@ -40,12 +40,21 @@ def choose(direction: str, arch: int, itemsize: int, headdim: int, kind: MaskKin
     if arch // 10 != 9:
         return _SM80[direction][column]
     tile = _SM90[direction][column]
-    if direction == "dq" and column == 0 and kind is MaskKind.FULL:
-        return Tile(128, 64, 8, 3)
-    specialized = _SM90_SPECIALIZED[direction][column]
-    if specialized is None or kind is MaskKind.INTERVAL:
+    if kind is MaskKind.FULL:
+        tile = _SM90_FULL.get((direction, column), tile)
+    specialized = _SM90_SPECIALIZED.get((direction, column))
+    if specialized is None or kind is MaskKind.INTERVAL or not _specialization_is_proved():
         return tile
     return replace(specialized, otherwise=tile)
+
+
+@functools.cache
+def _specialization_is_proved() -> bool:
+    """Triton's warp specialisation is an experiment that can give wrong results in silence: only the version that
+    the GPU tests ran on gets it."""
+    import triton
+
+    return triton.__version__.startswith("3.6.")
 
 
 def _specialized(block_m: int, block_n: int, num_stages: int) -> Tile:
@@ -58,11 +67,10 @@ _SM90 = {
     "dkdv": (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 2, tma=True)),
     "dq": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
 }
-_SM90_SPECIALIZED = {
-    "forward": (None, _specialized(128, 128, 2), None),
-    "dkdv": (_specialized(128, 128, 2), _specialized(64, 128, 2), None),
-    "dq": (None, _specialized(128, 64, 2), None),
-}
+_SM90_FULL = {("dq", 0): Tile(128, 64, 8, 3)}
+# Not dkdv, though it is 1.1 to 1.3 times as fast specialised: Triton 3.6 then lets the loads of the next tile overtake
+# the uses of this one, and dk gets NaN now and then, mostly with a soft cap.
+_SM90_SPECIALIZED = {("forward", 1): _specialized(128, 128, 2), ("dq", 1): _specialized(128, 64, 2)}
 # Not measured: chosen so that nothing spills inside a loop.
 _SM80 = {
     "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),

@@ -45,7 +45,7 @@ def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> 
         numbers = (*strides_bsh(out), *strides_bsh(dout), seqlen, nheads, headdim)
         return _row_plan(batch, seqlen, nheads, headdim, numbers)
 
-    launch(delta_kernel, None, (out, dout, delta), (), plan)
+    launch(delta_kernel, dout.dtype, (out, dout, delta), (), plan)
 
 
 @triton.jit(do_not_specialize=["seqlen", "nheads"])
@@ -94,7 +94,8 @@ def launch_merge(
         numbers = (*strides, *strides_bsh(out), seqlen, nheads, headdim)
         return _row_plan(batch, seqlen, nheads, headdim, numbers)
 
-    launch(merge_kernel, None, (lse, out_acc, lse_part, out_part, out), (), plan)
+    dtypes = (out_part.dtype, None if out is None else out.dtype)
+    launch(merge_kernel, dtypes, (lse, out_acc, lse_part, out_part, out), (), plan)
 
 
 def _row_plan(batch: int, seqlen: int, nheads: int, headdim: int, numbers: tuple[int, ...]) -> Plan:

@@ -49,16 +49,22 @@ def launch(
 ) -> None:
     """Launch ``kernel`` on the current stream.
 
-    ``options``, the shapes of the first two arrays, and strides, dtypes and alignments of all must determine the plan.
+    ``options``, the shapes of the first two arrays, the dtype of the first, and strides and alignments of all must
+    determine the plan.
     """
     first, second = arrays[0], arrays[1]
     assert first is not None and second is not None
     device = first.device.index
     pointers: list[Any] = [0 if x is None else x.data_ptr() for x in arrays]
-    key = (
-        id(kernel), device, options, first.shape, second.shape,
-        *[None if x is None else (x.stride(), x.dtype, p % 16) for x, p in zip(arrays, pointers)],
+    key: tuple[Hashable, ...] = (
+        id(kernel), device, options, first.shape, second.shape, first.dtype,
+        *[x if x is None else x.stride() for x in arrays],
     )  # fmt: skip
+    together = 0
+    for pointer in pointers:
+        together |= pointer
+    if together & 15:  # mostly all are aligned, and then there is nothing to add
+        key += tuple([pointer % 16 for pointer in pointers])
     plan = _plans.get(key)
     if plan is None:
         _compile(kernel, key, arrays, variables, make_plan())
