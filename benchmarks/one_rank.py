@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,15 @@ from seqpar_attn.plan import make_plan
 from seqpar_attn.schedule import Kind
 from seqpar_attn.validation import Call
 
-HEAD_START_CYCLES = 4_000_000  # about 2 ms
+HEAD_START_CYCLES = 10_000_000  # about 5 ms
+
+
+@functools.cache
+def _source(shape: torch.Size, dtype: torch.dtype, where: str) -> torch.Tensor:
+    """Random data of this shape, the same for every rank and step."""
+    data = torch.randn(shape, device="cuda").to(dtype)
+    torch.cuda.synchronize()
+    return data if where == "device" else data.cpu().pin_memory()
 
 
 class _Copied:
@@ -31,15 +40,17 @@ class _Copied:
 class OneRank:
     """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
 
-    So memory traffic and overlap are there, the link's own speed and latency are not. Records where steps begin.
+    ``transfers`` "host": from pinned host memory, by the copy engine, which takes no multiprocessor (as a pull over
+    NVLink does; PCIe is slower); "device": from this GPU's memory, faster than any link, but by its multiprocessors.
+    Records where steps begin.
     """
 
     name = "one rank (simulated transfers)"
 
-    def __init__(self, world_size: int, rank: int):
+    def __init__(self, world_size: int, rank: int, transfers: str):
         self.world_size, self.local_ranks = world_size, (rank,)
+        self.transfers = transfers
         self.stream = torch.cuda.Stream()
-        self.sources: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
         self.begins: list[torch.cuda.Event] = []
         self.host_seconds = 0.0
         """Host time spent in here, which is not that of the package."""
@@ -55,14 +66,10 @@ class OneRank:
         begin.record()
         self.begins.append(begin)
         self.stream.wait_stream(torch.cuda.current_stream())
-        for _, tensor in receives[0]:
-            key = (tensor.shape, tensor.dtype)
-            if key not in self.sources:
-                self.sources[key] = torch.randn(tensor.shape, device=tensor.device).to(tensor.dtype)
-                self.stream.wait_stream(torch.cuda.current_stream())
+        sources = [_source(tensor.shape, tensor.dtype, self.transfers) for _, tensor in receives[0]]
         with torch.cuda.stream(self.stream):
-            for _, tensor in receives[0]:
-                tensor.copy_(self.sources[tensor.shape, tensor.dtype], non_blocking=True)
+            for (_, tensor), source in zip(receives[0], sources):
+                tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         return _Copied(event)
@@ -91,16 +98,17 @@ class Share:
         world_size: int,
         rank: int,
         tokens: int,
-        nheads: int,
-        nheads_kv: int,
-        headdim: int,
+        heads: tuple[int, int, int],
+        transfers: str = "host",
     ):
+        """``heads``: of the queries, of the keys, and their dimension."""
+        nheads, nheads_kv, headdim = heads
         self.call = Call(method, "pull", layout, True, None, None, None, headdim**-0.5, "auto", False)
         self.plan = make_plan(method, "pull", layout, world_size, Mask(tokens * world_size))
-        self.comm = OneRank(world_size, rank)
+        self.comm = OneRank(world_size, rank, transfers)
         device = torch.device("cuda", torch.cuda.current_device())
         self.kernel = kernels.resolve("auto", device, torch.bfloat16, headdim, self.plan.kinds, None, False)
-        self.shapes = [(1, tokens, heads, headdim) for heads in (nheads, nheads_kv, nheads_kv, nheads)]
+        self.shapes = [(1, tokens, n, headdim) for n in (nheads, nheads_kv, nheads_kv, nheads)]
         self.times = {"forward": Times(), "backward": Times()}
         self.attended = {
             name: sum(task.area for row in schedule.steps for task in row[rank].tasks)

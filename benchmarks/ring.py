@@ -3,7 +3,7 @@
     python3 benchmarks/ring.py --out benchmarks/results
 
 Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
-is a local copy on a side stream. "of ideal" is (single-device call on the whole sequence) / W / (slowest rank).
+is a copy on a side stream (--transfers says from where). "of ideal" is (single-device call on the whole sequence) / W / (slowest rank).
 "makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all dependencies between
 ranks: once with free links, once with the link given by --link (GB/s each way); those two columns are simulated.
 "host us/step" is Python's time per step that computes, without the stand-in for the transfers.
@@ -34,9 +34,11 @@ def median_steps(share: Share, direction: str) -> list[float]:
 def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     """Rows for one shard length: rounds in which the single call and every rank of every method take turns."""
     heads = (arguments.nheads, arguments.nheads_kv, arguments.headdim)
-    single = Share("ring", "contiguous", 1, 0, tokens * world_size, *heads)
+    single = Share("ring", "contiguous", 1, 0, tokens * world_size, heads)
     shares = {
-        name: [Share(method, layout, world_size, rank, tokens, *heads) for rank in range(world_size)]
+        name: [
+            Share(method, layout, world_size, rank, tokens, heads, arguments.transfers) for rank in range(world_size)
+        ]
         for name, (method, layout) in METHODS.items()
     }
     everyone = [single, *(share for ranks in shares.values() for share in ranks)]
@@ -113,7 +115,10 @@ def render(payload: dict) -> str:
             else:
                 cells += [f"{x['single_tflops']:.0f}", f"{x['host_us_per_step']:.0f}", f"{x['gpu_us_per_step']:.0f}"]
             lines.append(cells)
-    note = "One rank at a time on one GPU; transfers are local copies. * simulated from the measured step times."
+    note = (
+        f"One rank at a time on one GPU; transfers are copies from {payload['transfers']} memory. "
+        "* simulated from the measured step times."
+    )
     return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
 
 
@@ -126,12 +131,13 @@ def main() -> None:
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
+    parser.add_argument("--transfers", choices=("host", "device"), default="host", help="what stands in for the links")
     parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     payload: dict = {"machine": machine(arguments.commit), "link": arguments.link, "rows": []}
-    payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim")}
+    payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim", "transfers")}
     for world_size, tokens in [(8, tokens) for tokens in arguments.tokens] + [(w, 8192) for w in arguments.world_sizes]:
         payload["rows"] += measure(world_size, tokens, arguments)
         gc.collect()

@@ -37,7 +37,7 @@ class _Pass:
     def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
         self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
         self.program = plan.program(backward, comm.local_ranks)
-        self._slots: dict[tuple[int, Kind, int], list[Field]] = {}
+        self._slots: dict[tuple[int, Kind], list[list[Field]]] = {}
         self._views: list[list[torch.Tensor] | None] = [None] * len(self.program.views)
 
     def view(self, index: int) -> list[torch.Tensor]:
@@ -52,14 +52,27 @@ class _Pass:
         return tensors
 
     def _slot(self, local: int, kind: Kind, slot: int) -> list[Field]:
-        key = (local, kind, slot)
-        if key not in self._slots:
-            self._slots[key] = []
-            for x, dim in self.like[kind]:
+        """A slot's tensors. All slots of a kind are made together: an allocation costs host time as a launch does."""
+        slots = self._slots.get((local, kind))
+        if slots is None:
+            count, like = self.program.slots[local, kind], self.like[kind]
+            shapes = []
+            for x, dim in like:
                 shape = list(x.shape)
                 shape[dim] = self.program.shard
-                self._slots[key].append((torch.empty(shape, dtype=x.dtype, device=x.device), dim))
-        return self._slots[key]
+                shapes.append(shape)
+            x, dim = like[0]
+            if all(shape == shapes[0] and y.dtype == x.dtype for shape, (y, _) in zip(shapes, like)):
+                pieces = torch.empty([count * len(like), *shapes[0]], dtype=x.dtype, device=x.device).unbind()
+                rows = [pieces[i * len(like) : (i + 1) * len(like)] for i in range(count)]
+            else:
+                columns = [
+                    torch.empty([count, *shape], dtype=y.dtype, device=y.device).unbind()
+                    for shape, (y, _) in zip(shapes, like)
+                ]
+                rows = list(zip(*columns))
+            slots = self._slots[local, kind] = [[(y, d) for y, (_, d) in zip(row, like)] for row in rows]
+        return slots[slot]
 
     def play(self) -> None:
         for moment in self.program.moments:

@@ -83,6 +83,12 @@ class Program:
             computes = [self._compute(i, task) for i, rank in ranks for task in row[rank].tasks]
             moves = any(sends) or any(receives)
             self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
+        self.slots: dict[tuple[int, Kind], int] = {}
+        """Buffers per (local rank, kind)."""
+        for view in self.views:
+            if view.slot is not None:
+                key = (view.local, view.kind)
+                self.slots[key] = max(self.slots.get(key, 0), view.slot + 1)
         self.single = all(
             not compute.keep and not compute.task.query_result.carried
             for moment in self.moments
