@@ -3,9 +3,10 @@
     python3 benchmarks/ring.py --out benchmarks/results
 
 Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
-is a copy on a side stream (--transfers says from where). "of ideal" is (single-device call on the whole sequence) / W / (slowest rank).
-"makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all dependencies between
-ranks: once with free links, once with the link given by --link (GB/s each way); those two columns are simulated.
+is a copy on a side stream (--transfers says from where). "of ideal" is (single-device call on the whole sequence) / W /
+(slowest rank). "makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all
+dependencies between ranks: once with free links, once with the link given by --link (GB/s each way); those two columns
+are simulated.
 "host us/step" is Python's time per step that computes, without the stand-in for the transfers.
 """
 
