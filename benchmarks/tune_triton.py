@@ -77,7 +77,7 @@ def launcher(direction: str, shape: Shape, x: dict[str, torch.Tensor], tile: Til
     if direction == "forward":
         lse = lse.clone()
         acc, out = (x["out_acc"], None) if carry else (None, x["out"])
-        return lambda: launch_forward(tile, q, k, v, lse, acc, out, mask, *rest)
+        return lambda: launch_forward(tile, q, k, v, lse, acc, out, mask, *rest, True)
     common = (tile, q, k, v, x["dout"], lse, x["delta"])
     if direction == "dkdv":
         return lambda: launch_dkdv(*common, x["dk"], x["dv"], mask, *rest)

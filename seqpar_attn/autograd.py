@@ -138,6 +138,7 @@ class _Forward(_Pass):
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
             carry=carry,
+            keep=compute.keep,
         )
 
 

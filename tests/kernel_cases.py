@@ -231,3 +231,19 @@ def check_nan(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
     spoiled[0, 17, 1] = True
     assert torch.equal(out.isnan(), spoiled.unsqueeze(-1).expand_as(out))
     assert torch.equal(lse.isnan(), spoiled.transpose(1, 2))
+
+
+def check_keep(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+    """A last block that need not keep its accumulator gives the same output, and only reads the carry."""
+    case = Case("keep", 40, 24, "full")
+    q, k, v, *_ = _inputs(case, dtype, device, torch.Generator(device).manual_seed(1))
+    scale = {"softmax_scale": 0.2, "softcap": None}
+    acc, lse = torch.empty(q.shape, device=device), torch.empty(1, q.shape[2], 40, device=device)
+    kernel.forward(q, k, v, lse, acc, None, case.block_mask(device), **scale, carry=False)
+    results = []
+    for keep in (True, False):
+        carried, total, out = acc.clone(), lse.clone(), _poisoned(q.shape, dtype, device, False)
+        kernel.forward(q, v, k, total, carried, out, case.block_mask(device), **scale, carry=True, keep=keep)
+        results.append((out, total, carried))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[1][2], acc) and not torch.equal(results[0][2], acc)

@@ -19,6 +19,7 @@ ALL = frozenset(MaskKind)
 
 
 class FakeKernel:
+    nondeterministic: str | None = None
     """Available, and refuses what it is told to."""
 
     def __init__(self, name: str, missing: str | None = None, refuses: str | None = None) -> None:

@@ -52,7 +52,7 @@ def compile_kernel(
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "DIM": dim, "KIND": KIND_NUMBER[kind], "CARRY": carry,
         "SOFTCAP": softcap, "EVEN_M": even, "EVEN_N": even, "EVEN_D": headdim == dim, "TMA": tma, 
-        "SPECIALIZED": tma and tile.specialized,
+        "SPECIALIZED": tma and tile.specialized, "KEEP": True,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if kind is not MaskKind.INTERVAL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import Case, cases, check, check_merge, check_nan
+from kernel_cases import Case, cases, check, check_keep, check_merge, check_nan
 
 from seqpar_attn.kernels.triton import TritonKernel
 from seqpar_attn.kernels.triton.config import Tile
@@ -58,6 +58,10 @@ def test_merge(strided: bool) -> None:
 
 def test_nan() -> None:
     check_nan(KERNEL, torch.bfloat16, "cuda")
+
+
+def test_keep() -> None:
+    check_keep(KERNEL, torch.bfloat16, "cuda")
 
 
 def test_bitwise_reproducible() -> None:

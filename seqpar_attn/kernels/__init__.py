@@ -101,7 +101,7 @@ def _refusal(
     kernel = get(name)
     reason = kernel.refuses(device, dtype, headdim, kinds, softcap)
     if reason is None and deterministic:
-        reason = getattr(kernel, "nondeterministic", None)
+        reason = kernel.nondeterministic
     return reason
 
 

@@ -56,6 +56,8 @@ class Kernel(Protocol):
     """One backend. Methods write into the tensors they are given, on the current stream, and never synchronise."""
 
     name: str
+    nondeterministic: str | None
+    """Why gradients may differ in their last bits from run to run although asked not to, or None."""
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all (a missing package, no GPU), or None."""
@@ -80,13 +82,15 @@ class Kernel(Protocol):
         softmax_scale: float,
         softcap: float | None,
         carry: bool,
+        keep: bool = True,
     ) -> None:
         """Continue the softmax of ``q`` over one more block of keys.
 
         With ``carry`` the normalised partial result so far is read from ``(out_acc, lse)``; without it this is the
         first block, nothing is read, and old content (even NaN) does not matter. The new normalised result goes into
         ``lse`` and into ``out_acc`` and/or ``out`` (the input dtype), whichever are given. Rows that have seen no key
-        yet get out 0 and lse -inf.
+        yet get out 0 and lse -inf. Without ``keep`` nobody reads ``out_acc`` afterwards, so its new content may be
+        left out.
         """
         ...
 

@@ -147,6 +147,7 @@ class PartialKernel:
         softmax_scale: float,
         softcap: float | None,
         carry: bool,
+        keep: bool = True,
     ) -> None:
         rows, keys, causal = self._seen(q, k, mask, softcap)
         for blind in (slice(0, rows.start), slice(rows.stop, q.shape[1])):

@@ -47,6 +47,7 @@ class ReferenceKernel:
     round them (P and dS), so a same-dtype comparison is fair."""
 
     name = "reference"
+    nondeterministic: str | None = None
 
     def unavailable(self) -> str | None:
         return None
@@ -69,6 +70,7 @@ class ReferenceKernel:
         softmax_scale: float,
         softcap: float | None,
         carry: bool,
+        keep: bool = True,
     ) -> None:
         dtype = accumulator_dtype(q.dtype)
         nheads = q.shape[2]
@@ -82,7 +84,7 @@ class ReferenceKernel:
             assert out_acc is not None
             result = result + out_acc * torch.exp(lse - base).transpose(1, 2).unsqueeze(-1)
         lse.copy_(total)
-        for target in (out_acc, out):
+        for target in (out_acc if keep else None, out):
             if target is not None:
                 target.copy_(result)
 

@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1 (see test_triton_interpret.py)", allow_module_level=True)
 
-from kernel_cases import Case, cases, check, check_merge, check_nan
+from kernel_cases import Case, cases, check, check_keep, check_merge, check_nan
 
 from seqpar_attn.kernels.triton import TritonKernel
 from seqpar_attn.kernels.triton.config import Tile
@@ -52,3 +52,7 @@ def test_merge(case: Case, dtype: torch.dtype) -> None:
 
 def test_nan() -> None:
     check_nan(POINTERS, torch.float32, "cpu")
+
+
+def test_keep() -> None:
+    check_keep(POINTERS, torch.float32, "cpu")

@@ -52,6 +52,7 @@ class TritonKernel:
     """See :class:`seqpar_attn.kernels.base.Kernel`. Always deterministic: nothing is added with atomics."""
 
     name = "triton"
+    nondeterministic: str | None = None
 
     def __init__(self, choose_tile: Chooser = choose) -> None:
         self._choose = choose_tile
@@ -94,6 +95,7 @@ class TritonKernel:
         softmax_scale: float,
         softcap: float | None,
         carry: bool,
+        keep: bool = True,
     ) -> None:
         _check_scale(softmax_scale)
         if q.numel() == 0:
@@ -104,7 +106,7 @@ class TritonKernel:
         tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
         launchers = _launchers()
         with launchers.on_device_of(q):
-            launchers.launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry)
+            launchers.launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
 
     def backward(
         self,

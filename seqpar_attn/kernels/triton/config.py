@@ -40,6 +40,8 @@ def choose(direction: str, arch: int, itemsize: int, headdim: int, kind: MaskKin
     if arch // 10 != 9:
         return _SM80[direction][column]
     tile = _SM90[direction][column]
+    if direction == "dkdv" and 64 < headdim < 128:
+        tile = Tile(64, 128, 8, 2, tma=True)  # bounds of a padded head dimension would spill; the copy engine has them
     if kind is MaskKind.FULL:
         tile = _SM90_FULL.get((direction, column), tile)
     specialized = _SM90_SPECIALIZED.get((direction, column))

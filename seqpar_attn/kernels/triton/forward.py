@@ -78,7 +78,7 @@ def forward_kernel(
     seqlen_q, seqlen_k, headdim, nheads, group, heads_total, heads_at_once, offset, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
+    SPECIALIZED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``q, k, v`` are pointers, or tensor descriptors with TMA. Scores are kept in powers of two:
     ``post_scale = softmax_scale * log2(e)``, or with a soft cap ``softcap * log2(e)`` after tanh(s * pre_scale)."""
@@ -150,7 +150,8 @@ def forward_kernel(
         if CARRY:
             old = load_accumulator(acc_pointers, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
             acc += old * old_weight[:, None]
-        store_tile(acc_pointers, acc, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
+        if KEEP:
+            store_tile(acc_pointers, acc, row, seqlen_q, headdim, BLOCK_M, DIM, EVEN_M, EVEN_D)
     if out is not None:
         # out: [BLOCK_M, DIM]
         out_pointers = row_pointer(out, batch, head, row, stride_ob, stride_os, stride_oh)
@@ -170,6 +171,7 @@ def launch_forward(
     softmax_scale: float,
     softcap: float | None,
     carry: bool,
+    keep: bool,
 ) -> None:
     def plan() -> Plan:
         batch, seqlen_q, nheads, headdim = q.shape
@@ -188,6 +190,7 @@ def launch_forward(
                 "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
                 "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
                 "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
+                "KEEP": keep,
             },
             chosen,
             {1: [1, 1, block_n, dim], 2: [1, 1, block_n, dim]} if chosen.tma else {},
@@ -196,4 +199,4 @@ def launch_forward(
 
     arrays = (q, k, v, lse, out_acc, out, mask.key_lo, mask.key_hi)
     variables = (mask.offset, *score_scales(softmax_scale, softcap))
-    launch(forward_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)
+    launch(forward_kernel, (tile, mask.kind, softcap is None, carry, keep), arrays, variables, plan)
