@@ -19,8 +19,9 @@ ALL = frozenset(MaskKind)
 
 
 class FakeKernel:
-    nondeterministic: str | None = None
     """Available, and refuses what it is told to."""
+
+    nondeterministic: str | None = None
 
     def __init__(self, name: str, missing: str | None = None, refuses: str | None = None) -> None:
         self.name, self._missing, self._refuses = name, missing, refuses
