@@ -70,8 +70,8 @@ _SM90 = {
     "dq": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
 }
 _SM90_FULL = {("dq", 0): Tile(128, 64, 8, 3)}
-# Not dkdv, though it is 1.1 to 1.3 times as fast specialised: under Triton 3.6 its dk gets NaN now and then, mostly with a
-# soft cap. The cause is not known.
+# Not dkdv, though it is 1.1 to 1.3 times as fast specialised: under Triton 3.6 its dk gets NaN now and then, mostly
+# with a soft cap. The cause is not known.
 _SM90_SPECIALIZED = {("forward", 1): _specialized(128, 128, 2), ("dq", 1): _specialized(128, 64, 2)}
 # Not measured: chosen so that nothing spills inside a loop.
 _SM80 = {
