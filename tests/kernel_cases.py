@@ -34,6 +34,7 @@ class Case:
     headdim: int = 32
     softcap: float | None = None
     strided: bool = False
+    parts: int = 1
 
     def block_mask(self, device: str) -> BlockMask:
         if self.mask == "full":
@@ -68,6 +69,9 @@ def cases(unit: int) -> list[Case]:
         Case("full-mqa", n, m, nheads=3, nheads_kv=1),
         Case("full-strided", n, m, nheads=4, strided=True, batch=2),
         Case("full-softcap", n, m, softcap=2.0),
+        Case("parts", even, even, parts=3),
+        Case("parts-odd-gqa", n, m, nheads=4, batch=2, parts=2),
+        Case("parts-strided", n, m, strided=True, batch=2, parts=2),
         Case("one-query", 1, m),
         Case("one-key", n, 1),
         Case("one-by-one", 1, 1, "causal"),
@@ -92,9 +96,9 @@ def cases(unit: int) -> list[Case]:
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
     """The same values as a slice of a larger tensor, in both the token and the head dimension."""
-    batch, seqlen, nheads, headdim = x.shape
-    big = torch.full((batch, seqlen + 5, nheads + 1, headdim), float("nan"), dtype=x.dtype, device=x.device)
-    view = big[:, 3 : 3 + seqlen, 1:]
+    *leading, seqlen, nheads, headdim = x.shape
+    big = torch.full((*leading, seqlen + 5, nheads + 1, headdim), float("nan"), dtype=x.dtype, device=x.device)
+    view = big[..., 3 : 3 + seqlen, 1:, :]
     view.copy_(x)
     return view
 
@@ -130,14 +134,18 @@ def compare(name: str, got: torch.Tensor, same_dtype: torch.Tensor, truth: torch
         f"got {got.flatten()[worst].item():.7g}, float64 {truth.flatten()[worst].item():.7g}, "
         f"reference {same_dtype.flatten()[worst].item():.7g} (seed {seed})"
     )
-    assert rms <= 1.1 * allowed_rms + slack, message
+    factor = 1.1 if truth.numel() >= 1000 else 2.0  # a few rows share a few roundings: chance decides who is nearer
+    assert rms <= factor * allowed_rms + slack, message
     assert error.max().item() <= 3 * allowed.max().item() + 10 * slack, message
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    for seqlen, nheads in ((case.seqlen_q, case.nheads), *[(case.seqlen_k, case.nheads_kv)] * 4,
-                           (case.seqlen_q, case.nheads)):  # fmt: skip
-        x = torch.randn(case.batch, seqlen, nheads, case.headdim, generator=generator, device=device).to(dtype)
+    queries = (case.batch, case.seqlen_q, case.nheads, case.headdim)
+    keys = (case.batch, case.seqlen_k, case.nheads_kv, case.headdim)
+    if case.parts > 1:
+        keys = (case.parts, *keys)
+    for shape in (queries, *[keys] * 4, queries):
+        x = torch.randn(shape, generator=generator, device=device).to(dtype)
         yield _strided(x) if case.strided else x
 
 

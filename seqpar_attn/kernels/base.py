@@ -3,7 +3,8 @@
 Shapes: ``q, out, dout: [batch, seqlen_q, nheads, headdim]``; ``k, v: [batch, seqlen_k, nheads_kv, headdim]``;
 ``lse, delta: [batch, nheads, seqlen_q]``, natural logarithm. ``nheads`` is a multiple of ``nheads_kv``: query head h
 reads key head ``h // (nheads // nheads_kv)``. The head dimension is contiguous; every other stride is free, so a
-block may be a slice of a shard. Accumulators and ``lse``, ``delta`` have the accumulator dtype: float32, or float64
+block may be a slice of a shard. With a FULL mask, ``k, v`` (and ``dk, dv``) may have one more dimension in front:
+``[parts, batch, seqlen_k, nheads_kv, headdim]``, keys of several owners that are attended together. Accumulators and ``lse``, ``delta`` have the accumulator dtype: float32, or float64
 for float64 inputs.
 """
 
@@ -46,6 +47,16 @@ def interval_mask(key_lo: torch.Tensor, key_hi: torch.Tensor, seqlen_k: int) -> 
     query_hi = torch.searchsorted(key_lo, keys, right=True)
     as_int32 = [x.to(torch.int32).contiguous() for x in (key_lo, key_hi, query_lo, query_hi)]
     return BlockMask(MaskKind.INTERVAL, 0, *as_int32)
+
+
+def join_parts(x: torch.Tensor) -> torch.Tensor:
+    """Keys in parts as one block: ``[parts, b, s, h, d]`` -> ``[b, parts * s, h, d]``; one block stays as it is."""
+    return x if x.ndim == 4 else x.transpose(0, 1).flatten(1, 2)
+
+
+def split_parts(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``join_parts``, into the shape of ``like``."""
+    return x if like.ndim == 4 else x.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..mask import MaskKind
-from .base import BlockMask, delta_reference, merge_reference
+from .base import BlockMask, delta_reference, join_parts, merge_reference, split_parts
 
 # Stands for lse = -inf in backward: exp(score - _NO_KEY) is exactly 0, while exp(score + inf) would be inf or NaN.
 # Finite, so that a kernel may multiply it by log2(e) or subtract it from -inf without making a NaN.
@@ -149,6 +149,7 @@ class PartialKernel:
         carry: bool,
         keep: bool = True,
     ) -> None:
+        k, v = join_parts(k), join_parts(v)
         rows, keys, causal = self._seen(q, k, mask, softcap)
         for blind in (slice(0, rows.start), slice(rows.stop, q.shape[1])):
             self._forward_blind(lse[:, :, blind], out_acc, out, blind, carry)
@@ -205,6 +206,7 @@ class PartialKernel:
     ) -> None:
         if deterministic and self.nondeterministic is not None:
             raise ValueError(f"{self.name}: expected deterministic=False, got True ({self.nondeterministic})")
+        k, v = join_parts(k), join_parts(v)
         rows, keys, causal = self._seen(q, k, mask, softcap)
         if rows.start >= rows.stop:
             for target, carried in ((dq, carry_dq), (dk, carry_dkv), (dv, carry_dkv)):
@@ -230,8 +232,12 @@ class PartialKernel:
             grouped = (*block_dk.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
             block_dk, block_dv = (x.reshape(grouped).sum(3, dtype=dk.dtype) for x in (block_dk, block_dv))
         _accumulate(dq, block_dq, rows, carry_dq)
-        _accumulate(dk, block_dk, keys, carry_dkv)
-        _accumulate(dv, block_dv, keys, carry_dkv)
+        for target, block in ((dk, block_dk), (dv, block_dv)):
+            if target.ndim == 5:  # no mask, so every key is seen
+                for part, part_of_block in zip(target, split_parts(block, target)):
+                    _accumulate(part, part_of_block, slice(0, part.shape[1]), carry_dkv)
+            else:
+                _accumulate(target, block, keys, carry_dkv)
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta_reference(out, dout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..mask import MaskKind
-from .base import BlockMask, accumulator_dtype, delta_reference, merge_reference
+from .base import BlockMask, accumulator_dtype, delta_reference, join_parts, merge_reference, split_parts
 
 
 def visible(mask: BlockMask, seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tensor | None:
@@ -74,6 +74,7 @@ class ReferenceKernel:
     ) -> None:
         dtype = accumulator_dtype(q.dtype)
         nheads = q.shape[2]
+        k, v = join_parts(k), join_parts(v)
         s, _ = _scores(_heads_first(q, nheads, dtype), _heads_first(k, nheads, dtype), mask, softmax_scale, softcap)
         block_lse = torch.logsumexp(s, -1)
         total = torch.logaddexp(lse, block_lse) if carry else block_lse
@@ -108,6 +109,7 @@ class ReferenceKernel:
         deterministic: bool,
     ) -> None:
         dtype = accumulator_dtype(q.dtype)
+        k, v = join_parts(k), join_parts(v)
         batch, seqlen_k, nheads_kv, headdim = k.shape
         nheads = q.shape[2]
         qh, kh, vh, doh = (_heads_first(x, nheads, dtype) for x in (q, k, v, dout))
@@ -124,8 +126,8 @@ class ReferenceKernel:
             return x.transpose(1, 2)
 
         block_dq = (ds @ kh * softmax_scale).transpose(1, 2)
-        block_dk = per_key_head(ds.transpose(-1, -2) @ qh * softmax_scale)
-        block_dv = per_key_head(p.transpose(-1, -2) @ doh)
+        block_dk = split_parts(per_key_head(ds.transpose(-1, -2) @ qh * softmax_scale), dk)
+        block_dv = split_parts(per_key_head(p.transpose(-1, -2) @ doh), dv)
         for target, block, carried in ((dq, block_dq, carry_dq), (dk, block_dk, carry_dkv), (dv, block_dv, carry_dkv)):
             if carried:
                 target.add_(block)

@@ -19,20 +19,26 @@ from .common import (
     LOG2E,
     cdiv,
     heads_at_once,
+    key_boxes,
     key_ranges,
+    key_sizes,
     load_accumulator,
+    load_key_tile,
     load_own_rows,
     load_own_tile,
     load_rows,
     load_tile,
     masked_start,
     padded_headdim,
+    part_and_tile,
     program_tile,
     row_pointer,
     score_scales,
     store_tile,
     strides_bsh,
+    strides_pbsh,
     tanh,
+    tile_bounds,
     tile_offsets,
     visible,
 )
@@ -49,13 +55,19 @@ def _as_peak(lse):
 @triton.jit
 def _add_tile(
     target, value, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
-    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, CARRY: tl.constexpr,
+    carry, ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """target [ROWS, DIM] = value, or += value with CARRY."""
+    """target [ROWS, DIM] = value, or += value with ``carry``.
+
+    ``carry`` is no constant: so one kernel serves both, and without the load ptxas makes the tensor cores of dkdv's
+    loop wait for each product (a fifth slower). It predicates the load: a branch would spill, and undo specialisation.
+    """
     pointers = row_pointer(target, batch, head, row, stride_b, stride_s, stride_h)
     pointers += tile_offsets(stride_s, ROWS, DIM)
-    if CARRY:
-        value += load_accumulator(pointers, row, seqlen, headdim, ROWS, DIM, EVEN_S, EVEN_D)
+    if EVEN_S and EVEN_D:
+        value += tl.load(pointers, mask=carry != 0, other=0.0)
+    else:
+        value += tl.load(pointers, mask=tile_bounds(row, seqlen, headdim, ROWS, DIM) & (carry != 0), other=0.0)
     store_tile(pointers, value, row, seqlen, headdim, ROWS, DIM, EVEN_S, EVEN_D)
 
 
@@ -134,23 +146,44 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "offset", "heads_total", "heads_at_once", "nheads", "group"])
+@triton.jit(
+    do_not_specialize=[
+        "seqlen_q",
+        "seqlen_k",
+        "parts",
+        "carry",
+        "offset",
+        "heads_total",
+        "heads_at_once",
+        "nheads",
+        "group",
+    ]
+)
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, query_lo, query_hi,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_qb, stride_qs, stride_qh,
+    stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_eb, stride_eh,
-    stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
-    seqlen_q, seqlen_k, headdim, nheads, group, heads_total, heads_at_once, offset,
+    stride_dkp, stride_dkb, stride_dks, stride_dkh, stride_dvp, stride_dvb, stride_dvs, stride_dvh,
+    seqlen_q, seqlen_k, parts, headdim, nheads, group, heads_total, heads_at_once, carry, offset,
     softmax_scale, pre_scale, post_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """``nheads, heads_total`` count key heads here. Early keys are seen by most queries: they start first."""
-    tile, head_index = program_tile(tl.cdiv(seqlen_k, BLOCK_N), heads_total, heads_at_once, False)
+    tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    index, head_index = program_tile(tiles * parts, heads_total, heads_at_once, False)
     batch = head_index // nheads
     head_kv = head_index % nheads
+    part, tile = part_and_tile(index, tiles, KIND)
     row = tile * BLOCK_N
+    if KIND == FULL:
+        part = tl.cast(part, tl.int64)
+        k += part * stride_kp
+        v += part * stride_vp
+        dk += part * stride_dkp
+        dv += part * stride_dvp
     # k, v: [BLOCK_N, DIM]
     k_tile = load_own_tile(k, batch, head_kv, row, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
                            BLOCK_N, DIM, EVEN_N, EVEN_D, SPECIALIZED)  # fmt: skip
@@ -189,24 +222,26 @@ def dkdv_kernel(
             BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_M, EVEN_D, TMA, False,
         )  # fmt: skip
     _add_tile(dv, dv_tile, batch, head_kv, row, stride_dvb, stride_dvs, stride_dvh, seqlen_k, headdim,
-              BLOCK_N, DIM, EVEN_N, EVEN_D, CARRY)  # fmt: skip
+              carry, BLOCK_N, DIM, EVEN_N, EVEN_D)  # fmt: skip
     _add_tile(dk, dk_tile * softmax_scale, batch, head_kv, row, stride_dkb, stride_dks, stride_dkh, seqlen_k, headdim,
-              BLOCK_N, DIM, EVEN_N, EVEN_D, CARRY)  # fmt: skip
+              carry, BLOCK_N, DIM, EVEN_N, EVEN_D)  # fmt: skip
 
 
 @triton.jit
 def _over_keys(
-    dq, q_tile, dout_tile, peak, d, k, v, batch, head_kv, lo, hi, begin, left_tiles, full_end, tiles,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+    dq, q_tile, dout_tile, peak, d, k, v, batch, head_kv, lo, hi, begin, left_tiles, full_end,
+    tiles, parts, stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+    seqlen_k, headdim, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, DIM] over ``tiles`` key tiles."""
-    for i in tl.range(0, tiles, warp_specialize=SPECIALIZED):
-        start = tl.multiple_of(masked_start(i, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
+    """dq [BLOCK_M, DIM] over ``tiles`` key tiles of each part."""
+    for i in tl.range(0, tiles * parts, warp_specialize=SPECIALIZED):
+        part, tile = part_and_tile(i, tiles, KIND)
+        start = tl.multiple_of(masked_start(tile, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
         # k: [BLOCK_N, DIM]
-        k_tile = load_tile(k, batch, head_kv, start, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
-                           BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
+                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if SOFTCAP:
             s = tanh(s * pre_scale)
@@ -215,8 +250,8 @@ def _over_keys(
             keys = start + tl.arange(0, BLOCK_N)
             p = tl.where(visible(keys[None, :], lo[:, None], hi[:, None], KIND), p, 0.0)
         # v: [BLOCK_N, DIM]
-        v_tile = load_tile(v, batch, head_kv, start, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
-                           BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
+                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
         ds = p * (dp - d[:, None])
         if SOFTCAP:
@@ -225,14 +260,27 @@ def _over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "offset", "heads_total", "heads_at_once", "nheads", "group"])
+@triton.jit(
+    do_not_specialize=[
+        "seqlen_q",
+        "seqlen_k",
+        "parts",
+        "carry",
+        "offset",
+        "heads_total",
+        "heads_at_once",
+        "nheads",
+        "group",
+    ]
+)
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, key_lo, key_hi,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_qb, stride_qs, stride_qh,
+    stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_eb, stride_eh, stride_dqb, stride_dqs, stride_dqh,
-    seqlen_q, seqlen_k, headdim, nheads, group, heads_total, heads_at_once, offset,
+    seqlen_q, seqlen_k, parts, headdim, nheads, group, heads_total, heads_at_once, carry, offset,
     softmax_scale, pre_scale, post_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
@@ -258,8 +306,9 @@ def dq_kernel(
     if SPECIALIZED:
         dq_tile = _over_keys(
             dq_tile, q_tile, dout_tile, peak, d, k, v, batch, head_kv, lo, hi,
-            begin, 0, begin, tl.cdiv(end - begin, BLOCK_N),
-            stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+            begin, 0, begin, tl.cdiv(end - begin, BLOCK_N), parts,
+            stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+            seqlen_k, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, NEEDS_MASK, SOFTCAP, EVEN_N, EVEN_D, TMA, True,
         )  # fmt: skip
     else:
@@ -268,18 +317,20 @@ def dq_kernel(
             masked_tiles = left_tiles + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_N)
             dq_tile = _over_keys(
                 dq_tile, q_tile, dout_tile, peak, d, k, v, batch, head_kv, lo, hi,
-                begin, left_tiles, full_end, masked_tiles,
-                stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale,
-                post_scale, BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
+                begin, left_tiles, full_end, masked_tiles, parts,
+                stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+                seqlen_k, headdim, pre_scale, post_scale,
+                BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
             )  # fmt: skip
         dq_tile = _over_keys(
             dq_tile, q_tile, dout_tile, peak, d, k, v, batch, head_kv, lo, hi,
-            full_begin, 0, full_begin, (full_end - full_begin) // BLOCK_N,
-            stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+            full_begin, 0, full_begin, (full_end - full_begin) // BLOCK_N, parts,
+            stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+            seqlen_k, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
         )  # fmt: skip
     _add_tile(dq, dq_tile * softmax_scale, batch, head, row, stride_dqb, stride_dqs, stride_dqh, seqlen_q, headdim,
-              BLOCK_M, DIM, EVEN_M, EVEN_D, CARRY)  # fmt: skip
+              carry, BLOCK_M, DIM, EVEN_M, EVEN_D)  # fmt: skip
 
 
 def launch_dkdv(
@@ -299,22 +350,25 @@ def launch_dkdv(
 ) -> None:
     def plan() -> Plan:
         batch, seqlen_q, nheads, headdim = q.shape
-        seqlen_k, nheads_kv = k.shape[1:3]
+        parts, seqlen_k, nheads_kv = key_sizes(k)
         group = nheads // nheads_kv
-        addressable = not tile.tma or (fits_tma(q, k, v, dout) and (not tile.specialized or fits_tma(lse, delta)))
-        chosen = tile if addressable else without_tma(tile)
-        block_m, block_n, dim = chosen.block_m, chosen.block_n, padded_headdim(headdim)
+        dim = padded_headdim(headdim)
+        ragged = seqlen_q % tile.block_m or seqlen_k % tile.block_n or headdim != dim
+        chosen = tile.ragged if ragged and tile.ragged is not None and fits_tma(q, dout) else tile
+        if chosen.tma and not fits_tma(q, k, v, dout, *((lse, delta) if chosen.specialized else ())):
+            chosen = without_tma(chosen)
+        block_m, block_n = chosen.block_m, chosen.block_n
         heads_total = batch * nheads_kv
         return Plan(
-            cdiv(seqlen_k, block_n) * heads_total,
+            cdiv(seqlen_k, block_n) * parts * heads_total,
             (
-                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2],
-                *delta.stride()[:2], *strides_bsh(dk), *strides_bsh(dv),
-                seqlen_q, seqlen_k, headdim, nheads_kv, group, heads_total,
+                *strides_bsh(q), *strides_pbsh(k), *strides_pbsh(v), *strides_bsh(dout), *lse.stride()[:2],
+                *delta.stride()[:2], *strides_pbsh(dk), *strides_pbsh(dv),
+                seqlen_q, seqlen_k, parts, headdim, nheads_kv, group, heads_total,
                 heads_at_once(mask.kind, heads_total, seqlen_q * headdim * q.element_size()),
             ),
             {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind],
                 "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
                 "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
             },
@@ -324,8 +378,8 @@ def launch_dkdv(
         )  # fmt: skip
 
     arrays = (q, k, v, dout, lse, delta, dk, dv, mask.query_lo, mask.query_hi)
-    variables = (mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
-    launch(dkdv_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)
+    variables = (int(carry), mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
+    launch(dkdv_kernel, (tile, mask.kind, softcap is None), arrays, variables, plan)
 
 
 def _query_boxes(tile: Tile, dim: int) -> dict[int, list[int]]:
@@ -351,7 +405,7 @@ def launch_dq(
 ) -> None:
     def plan() -> Plan:
         batch, seqlen_q, nheads, headdim = q.shape
-        seqlen_k, nheads_kv = k.shape[1:3]
+        parts, seqlen_k, nheads_kv = key_sizes(k)
         group = nheads // nheads_kv
         addressable = not tile.tma or (fits_tma(q, k, v, dout) and (not tile.specialized or fits_tma(lse, delta)))
         chosen = tile if addressable else without_tma(tile)
@@ -360,21 +414,21 @@ def launch_dq(
         return Plan(
             cdiv(seqlen_q, block_m) * heads_total,
             (
-                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *strides_bsh(dout), *lse.stride()[:2],
+                *strides_bsh(q), *strides_pbsh(k), *strides_pbsh(v), *strides_bsh(dout), *lse.stride()[:2],
                 *delta.stride()[:2], *strides_bsh(dq),
-                seqlen_q, seqlen_k, headdim, nheads, group, heads_total,
+                seqlen_q, seqlen_k, parts, headdim, nheads, group, heads_total,
                 heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
             ),
             {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind], "CARRY": carry,
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "DIM": dim, "KIND": KIND_NUMBER[mask.kind],
                 "SOFTCAP": softcap is not None, "EVEN_M": seqlen_q % block_m == 0, "EVEN_N": seqlen_k % block_n == 0,
                 "EVEN_D": headdim == dim, "TMA": chosen.tma, "SPECIALIZED": chosen.specialized,
             },
             chosen,
-            {1: [1, 1, block_n, dim], 2: [1, 1, block_n, dim]} if chosen.tma else {},
+            key_boxes(block_n, dim) if chosen.tma else {},
             chosen.specialized,
         )  # fmt: skip
 
     arrays = (q, k, v, dout, lse, delta, dq, mask.key_lo, mask.key_hi)
-    variables = (mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
-    launch(dq_kernel, (tile, mask.kind, softcap is None, carry), arrays, variables, plan)
+    variables = (int(carry), mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
+    launch(dq_kernel, (tile, mask.kind, softcap is None), arrays, variables, plan)

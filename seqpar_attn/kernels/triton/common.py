@@ -72,6 +72,20 @@ def load_tile(
 
 
 @triton.jit
+def load_key_tile(
+    source, part, batch, head, row, stride_p, stride_b, stride_s, stride_h, seqlen, headdim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """``load_tile`` of keys or values, which come in parts."""
+    if TMA:
+        return source.load([part, batch, head, row, 0]).reshape(ROWS, DIM)
+    else:
+        source += tl.cast(part, tl.int64) * stride_p
+        return load_tile(source, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
+                         ROWS, DIM, EVEN_S, EVEN_D, False)  # fmt: skip
+
+
+@triton.jit
 def load_own_tile(
     source, batch, head, row, stride_b, stride_s, stride_h, seqlen, headdim,
     ROWS: tl.constexpr, DIM: tl.constexpr, EVEN_S: tl.constexpr, EVEN_D: tl.constexpr, SPECIALIZED: tl.constexpr,
@@ -177,6 +191,15 @@ def key_ranges(
 
 
 @triton.jit
+def part_and_tile(i, tiles, KIND: tl.constexpr):
+    """The i-th tile of all parts, each of ``tiles`` tiles, as (part, tile of that part). Masked keys are one part."""
+    if KIND == FULL:
+        return i // tiles, i % tiles
+    else:
+        return i * 0, i
+
+
+@triton.jit
 def visible(index, lo, hi, KIND: tl.constexpr):
     """Elementwise ``lo <= index < hi``; only intervals have a lower bound."""
     if KIND == INTERVAL:
@@ -236,3 +259,18 @@ def strides_bsh(x: torch.Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     assert x.stride(1) < 1 << 23, f"offsets inside a tile of 256 rows need 32 bits, got stride {x.stride(1)}"
     return x.stride()[:3]
+
+
+def strides_pbsh(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Strides of keys or values, with or without a leading dimension of parts."""
+    return (x.stride(0), *strides_bsh(x[0])) if x.ndim == 5 else (0, *strides_bsh(x))
+
+
+def key_sizes(k: torch.Tensor) -> tuple[int, int, int]:
+    """``(parts, seqlen_k, nheads_kv)``."""
+    return (k.shape[0] if k.ndim == 5 else 1, *k.shape[-3:-1])
+
+
+def key_boxes(block_n: int, dim: int) -> dict[int, list[int]]:
+    """Tiles of k and v, arguments 1 and 2, for the copy engine."""
+    return {1: [1, 1, 1, block_n, dim], 2: [1, 1, 1, block_n, dim]}

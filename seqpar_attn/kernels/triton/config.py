@@ -24,6 +24,9 @@ class Tile:
     group). Triton 3.6 splits a kernel with a single loop that loads through the copy engine only: no intervals."""
     otherwise: Tile | None = None
     """Used in place of this one where strides or addresses do not allow the copy engine."""
+    ragged: Tile | None = None
+    """Used in place of this one, strides permitting, where a length or the head dimension does not fill its tiles: the
+    bounds that pointers need there would spill, and the copy engine has them for nothing."""
     maxnreg: int | None = None
     """Cap on registers per thread, to let more programs share a multiprocessor."""
 
@@ -40,8 +43,6 @@ def choose(direction: str, arch: int, itemsize: int, headdim: int, kind: MaskKin
     if arch // 10 != 9:
         return _SM80[direction][column]
     tile = _SM90[direction][column]
-    if direction == "dkdv" and 64 < headdim < 128:
-        tile = Tile(64, 128, 8, 2, tma=True)  # bounds of a padded head dimension would spill; the copy engine has them
     if kind is MaskKind.FULL:
         tile = _SM90_FULL.get((direction, column), tile)
     specialized = _SM90_SPECIALIZED.get((direction, column))
@@ -66,7 +67,11 @@ def _specialized(block_m: int, block_n: int, num_stages: int) -> Tile:
 # One entry per padded head dimension: up to 64, 128, 256.
 _SM90 = {
     "forward": (Tile(128, 64, 4, 3, tma=True), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, tma=True)),
-    "dkdv": (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 2, tma=True)),
+    "dkdv": (
+        Tile(64, 64, 4, 3),
+        Tile(64, 128, 8, 3, ragged=Tile(64, 128, 8, 2, tma=True)),
+        Tile(32, 64, 8, 2, tma=True),
+    ),
     "dq": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
 }
 _SM90_FULL = {("dq", 0): Tile(128, 64, 8, 3)}

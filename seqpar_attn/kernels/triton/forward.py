@@ -14,17 +14,21 @@ from .common import (
     LOG2E,
     cdiv,
     heads_at_once,
+    key_boxes,
     key_ranges,
+    key_sizes,
     load_accumulator,
+    load_key_tile,
     load_own_tile,
-    load_tile,
     masked_start,
     padded_headdim,
+    part_and_tile,
     program_tile,
     row_pointer,
     score_scales,
     store_tile,
     strides_bsh,
+    strides_pbsh,
     tanh,
     tile_offsets,
     visible,
@@ -35,18 +39,20 @@ from .plans import Plan, fits_tma, launch, without_tma
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k, v, batch, head_kv, lo, hi, begin, left_tiles, full_end, tiles,
-    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+    acc, total, peak, q, k, v, batch, head_kv, lo, hi, begin, left_tiles, full_end, tiles, parts,
+    stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+    seqlen_k, headdim, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over ``tiles`` key tiles; ``acc`` is not yet divided by ``total``."""
-    for i in tl.range(0, tiles, warp_specialize=SPECIALIZED):
-        start = tl.multiple_of(masked_start(i, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
+    """Online softmax over ``tiles`` key tiles of each part; ``acc`` is not yet divided by ``total``."""
+    for i in tl.range(0, tiles * parts, warp_specialize=SPECIALIZED):
+        part, tile = part_and_tile(i, tiles, KIND)
+        start = tl.multiple_of(masked_start(tile, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
         # Tiles of the full range lie inside the tensor; only masked ones may hang over its end.
         # k: [BLOCK_N, DIM]
-        k_tile = load_tile(k, batch, head_kv, start, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
-                           BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
+                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         s = tl.dot(q, k_tile.T, input_precision="ieee")
         if SOFTCAP:
             s = tanh(s * pre_scale)
@@ -62,20 +68,23 @@ def _attend(
         rescale = tl.exp2(peak - base)
         total = total * rescale + tl.sum(p, 1)
         # v: [BLOCK_N, DIM]
-        v_tile = load_tile(v, batch, head_kv, start, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
-                           BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
+                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 
 
 # Lengths and offsets change from step to step of a ring: specialising on them would only compile more kernels.
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "offset", "heads_total", "heads_at_once", "nheads", "group"])
+@triton.jit(
+    do_not_specialize=["seqlen_q", "seqlen_k", "parts", "offset", "heads_total", "heads_at_once", "nheads", "group"]
+)
 def forward_kernel(
     q, k, v, lse, out_acc, out, key_lo, key_hi,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_qb, stride_qs, stride_qh,
+    stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
     stride_lb, stride_lh, stride_ab, stride_as, stride_ah, stride_ob, stride_os, stride_oh,
-    seqlen_q, seqlen_k, headdim, nheads, group, heads_total, heads_at_once, offset, pre_scale, post_scale,
+    seqlen_q, seqlen_k, parts, headdim, nheads, group, heads_total, heads_at_once, offset, pre_scale, post_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr,
     SOFTCAP: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr,
     SPECIALIZED: tl.constexpr, KEEP: tl.constexpr,
@@ -102,8 +111,9 @@ def forward_kernel(
     if SPECIALIZED:
         # Triton 3.6 splits exactly one loop among warp groups, so this one masks every tile if it masks any.
         acc, total, peak = _attend(
-            acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi, begin, 0, begin, tl.cdiv(end - begin, BLOCK_N),
-            stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+            acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi, begin, 0, begin, tl.cdiv(end - begin, BLOCK_N), parts,
+            stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+            seqlen_k, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, NEEDS_MASK, SOFTCAP, EVEN_N, EVEN_D, TMA, True,
         )  # fmt: skip
     else:
@@ -112,13 +122,15 @@ def forward_kernel(
             masked_tiles = left_tiles + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_N)
             acc, total, peak = _attend(
                 acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi, begin, left_tiles, full_end, masked_tiles,
-                stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale,
-                post_scale, BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
+                parts, stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+                seqlen_k, headdim, pre_scale, post_scale,
+                BLOCK_M, BLOCK_N, DIM, KIND, True, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
             )  # fmt: skip
         acc, total, peak = _attend(
             acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi, full_begin, 0, full_begin,
-            (full_end - full_begin) // BLOCK_N,
-            stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, seqlen_k, headdim, pre_scale, post_scale,
+            (full_end - full_begin) // BLOCK_N, parts,
+            stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
+            seqlen_k, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, False, SOFTCAP, EVEN_N, EVEN_D, TMA, False,
         )  # fmt: skip
 
@@ -175,15 +187,15 @@ def launch_forward(
 ) -> None:
     def plan() -> Plan:
         batch, seqlen_q, nheads, headdim = q.shape
-        seqlen_k, nheads_kv = k.shape[1:3]
+        parts, seqlen_k, nheads_kv = key_sizes(k)
         chosen = tile if not tile.tma or fits_tma(q, k, v) else without_tma(tile)
         block_m, block_n, dim = chosen.block_m, chosen.block_n, padded_headdim(headdim)
         heads_total = batch * nheads
         return Plan(
             cdiv(seqlen_q, block_m) * heads_total,
             (
-                *strides_bsh(q), *strides_bsh(k), *strides_bsh(v), *lse.stride()[:2], *strides_bsh(out_acc),
-                *strides_bsh(out), seqlen_q, seqlen_k, headdim, nheads, nheads // nheads_kv, heads_total,
+                *strides_bsh(q), *strides_pbsh(k), *strides_pbsh(v), *lse.stride()[:2], *strides_bsh(out_acc),
+                *strides_bsh(out), seqlen_q, seqlen_k, parts, headdim, nheads, nheads // nheads_kv, heads_total,
                 heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
             ),
             {
@@ -193,7 +205,7 @@ def launch_forward(
                 "KEEP": keep,
             },
             chosen,
-            {1: [1, 1, block_n, dim], 2: [1, 1, block_n, dim]} if chosen.tma else {},
+            key_boxes(block_n, dim) if chosen.tma else {},
             chosen.specialized,
         )  # fmt: skip
 

@@ -71,8 +71,8 @@ def launch(
         return
     if plan.needs_scratch:
         _provide_scratch()
-    for index in plan.boxes:
-        pointers[index] = _Descriptor(arrays[index])
+    for index, box in plan.boxes.items():
+        pointers[index] = _Descriptor(arrays[index], len(box))
     compiled = plan.compiled
     # The three None are Triton's launch hooks.
     compiled.run(
@@ -93,7 +93,7 @@ def _compile(
         _provide_scratch()
     arguments: list[Any] = list(arrays)
     for index, box in plan.boxes.items():
-        shape, strides = _heads_first(arguments[index])
+        shape, strides = _heads_first(arguments[index], len(box))
         arguments[index] = TensorDescriptor(arguments[index], shape, strides, box)
     plan.compiled = kernel[(plan.programs,)](*arguments, *plan.numbers, *variables, **plan.constants, **options)
     if plan.compiled is None:  # the interpreter
@@ -104,11 +104,19 @@ def _compile(
     _plans[key] = plan
 
 
-def _heads_first(x: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Shape and strides for the copy engine: ``[b, s, h, d]`` as ``[b, h, s, d]``; ``[b, h, s]`` as it is."""
-    order = (0, 2, 1, 3) if x.ndim == 4 else (0, 1, 2)
-    shape, strides = x.shape, x.stride()
-    return [shape[i] for i in order], [strides[i] for i in order]
+def _heads_first(x: torch.Tensor, rank: int) -> tuple[list[int], list[int]]:
+    """Shape and strides for the copy engine: ``[..., s, h, d]`` as ``[..., h, s, d]``; ``[b, h, s]`` as it is.
+
+    Of rank 5, the first dimension counts parts: one part where the tensor has no such dimension.
+    """
+    shape, strides = list(x.shape), list(x.stride())
+    if rank == 5 and len(shape) == 4:
+        # Any stride serves a dimension of one, but the copy engine refuses 0.
+        shape, strides = [1, *shape], [max(strides[0], 16), *strides]
+    if rank > 3:
+        shape[-3], shape[-2] = shape[-2], shape[-3]
+        strides[-3], strides[-2] = strides[-2], strides[-3]
+    return shape, strides
 
 
 class _Descriptor:
@@ -116,9 +124,9 @@ class _Descriptor:
 
     __slots__ = ("base", "padding", "shape", "strides")
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, x: torch.Tensor, rank: int) -> None:
         self.base = x
-        self.shape, self.strides = _heads_first(x)
+        self.shape, self.strides = _heads_first(x, rank)
         self.padding = "zero"
 
 
