@@ -22,11 +22,11 @@ HEAD_START_CYCLES = 10_000_000  # about 5 ms
 
 
 @functools.cache
-def _source(shape: torch.Size, dtype: torch.dtype, where: str) -> torch.Tensor:
+def _source(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """Random data of this shape, the same for every rank and step."""
     data = torch.randn(shape, device="cuda").to(dtype)
     torch.cuda.synchronize()
-    return data if where == "device" else data.cpu().pin_memory()
+    return data
 
 
 class _Copied:
@@ -40,8 +40,8 @@ class _Copied:
 class OneRank:
     """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
 
-    ``transfers`` "host": from pinned host memory, by the copy engine, which takes no multiprocessor (as a pull over
-    NVLink does; PCIe is slower); "device": from this GPU's memory, faster than any link, but by its multiprocessors.
+    ``transfers`` "device": copies inside this GPU's memory. They read and write as much of it as a rank that receives
+    over a link and is read from at the same time, only faster than any link. "none": nothing is copied.
     Records where steps begin.
     """
 
@@ -66,9 +66,10 @@ class OneRank:
         begin.record()
         self.begins.append(begin)
         self.stream.wait_stream(torch.cuda.current_stream())
-        sources = [_source(tensor.shape, tensor.dtype, self.transfers) for _, tensor in receives[0]]
+        messages = receives[0] if self.transfers == "device" else []
+        sources = [_source(tensor.shape, tensor.dtype) for _, tensor in messages]
         with torch.cuda.stream(self.stream):
-            for (_, tensor), source in zip(receives[0], sources):
+            for (_, tensor), source in zip(messages, sources):
                 tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -99,7 +100,7 @@ class Share:
         rank: int,
         tokens: int,
         heads: tuple[int, int, int],
-        transfers: str = "host",
+        transfers: str = "device",
     ):
         """``heads``: of the queries, of the keys, and their dimension."""
         nheads, nheads_kv, headdim = heads

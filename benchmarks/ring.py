@@ -3,7 +3,7 @@
     python3 benchmarks/ring.py --out benchmarks/results
 
 Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
-is a copy on a side stream (--transfers says from where). "of ideal" is (single-device call on the whole sequence) / W /
+is a copy on a side stream inside its memory (or, with --transfers none, nothing). "of ideal" is (single-device call on the whole sequence) / W /
 (slowest rank). "makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all
 dependencies between ranks: once with free links, once with the link given by --link (GB/s each way); those two columns
 are simulated.
@@ -25,6 +25,7 @@ from one_rank import Share, bytes_per_token
 
 from seqpar_attn.schedule import Rates, simulate_schedule
 
+TRANSFERS = {"device": "transfers are copies inside its memory", "none": "nothing is transferred"}
 METHODS = {"zigzag": ("ring", "zigzag"), "dist_flash": ("dist_flash", "contiguous")}
 
 
@@ -117,7 +118,7 @@ def render(payload: dict) -> str:
                 cells += [f"{x['single_tflops']:.0f}", f"{x['host_us_per_step']:.0f}", f"{x['gpu_us_per_step']:.0f}"]
             lines.append(cells)
     note = (
-        f"One rank at a time on one GPU; transfers are copies from {payload['transfers']} memory. "
+        f"One rank at a time on one GPU; " + TRANSFERS[payload["transfers"]] + ". "
         "* simulated from the measured step times."
     )
     return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
@@ -132,7 +133,9 @@ def main() -> None:
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
-    parser.add_argument("--transfers", choices=("host", "device"), default="host", help="what stands in for the links")
+    parser.add_argument(
+        "--transfers", choices=("device", "none"), default="device", help="what stands in for the links"
+    )
     parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()

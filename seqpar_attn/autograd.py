@@ -6,6 +6,7 @@ can save its results and skip its kernels and its communication in recomputation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,42 +38,47 @@ class _Pass:
     def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
         self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
         self.program = plan.program(backward, comm.local_ranks)
-        self._slots: dict[tuple[int, Kind], list[list[Field]]] = {}
+        self._slots: dict[tuple[int, Kind], list[Field]] = {}
         self._views: list[list[torch.Tensor] | None] = [None] * len(self.program.views)
 
     def view(self, index: int) -> list[torch.Tensor]:
-        """The tensors of a view, made at its first use."""
+        """The tensors of a view, made at its first use; of several slots, with their number as first dimension."""
         tensors = self._views[index]
         if tensors is None:
-            local, kind, slot, start, length = self.program.views[index]
-            fields = self.own[kind] if slot is None else self._slot(local, kind, slot)
+            local, kind, slot, start, length, slots = self.program.views[index]
+            if slot is None:
+                fields: Sequence[Field] = self.own[kind]
+            elif slots == 1:
+                fields = [(x.select(0, slot), dim) for x, dim in self._all_slots(local, kind)]
+            else:
+                fields = [(x.narrow(0, slot, slots), dim + 1) for x, dim in self._all_slots(local, kind)]
             tensors = self._views[index] = [
                 x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in fields
             ]
         return tensors
 
-    def _slot(self, local: int, kind: Kind, slot: int) -> list[Field]:
-        """A slot's tensors. All slots of a kind are made together: an allocation costs host time as a launch does."""
-        slots = self._slots.get((local, kind))
-        if slots is None:
+    def _all_slots(self, local: int, kind: Kind) -> list[Field]:
+        """The fields of all slots of a kind, stacked in a first dimension, made at their first use.
+
+        One allocation for all where possible: each costs as much host time as a launch.
+        """
+        fields = self._slots.get((local, kind))
+        if fields is None:
             count, like = self.program.slots[local, kind], self.like[kind]
             shapes = []
             for x, dim in like:
                 shape = list(x.shape)
                 shape[dim] = self.program.shard
                 shapes.append(shape)
-            x, dim = like[0]
+            x = like[0][0]
             if all(shape == shapes[0] and y.dtype == x.dtype for shape, (y, _) in zip(shapes, like)):
-                pieces = torch.empty([count * len(like), *shapes[0]], dtype=x.dtype, device=x.device).unbind()
-                rows = [pieces[i * len(like) : (i + 1) * len(like)] for i in range(count)]
+                stacks = torch.empty([count, len(like), *shapes[0]], dtype=x.dtype, device=x.device).unbind(1)
             else:
-                columns = [
-                    torch.empty([count, *shape], dtype=y.dtype, device=y.device).unbind()
-                    for shape, (y, _) in zip(shapes, like)
-                ]
-                rows = list(zip(*columns))
-            slots = self._slots[local, kind] = [[(y, d) for y, (_, d) in zip(row, like)] for row in rows]
-        return slots[slot]
+                stacks = tuple(
+                    torch.empty([count, *shape], dtype=y.dtype, device=y.device) for shape, (y, _) in zip(shapes, like)
+                )
+            fields = self._slots[local, kind] = [(stack, dim) for stack, (_, dim) in zip(stacks, like)]
+        return fields
 
     def play(self) -> None:
         for moment in self.program.moments:
@@ -126,7 +132,7 @@ class _Forward(_Pass):
         (q,) = self.view(compute.query)
         k, v = self.view(compute.key)
         result = self.view(compute.query_result)
-        carry = bool(compute.task.query_result.carried)
+        carry = compute.carry_query
         self.kernel.forward(
             q,
             k,
@@ -189,8 +195,8 @@ class _Backward(_Pass):
             self.plan.block_mask(compute.task, q.device),
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
-            carry_dq=bool(compute.task.query_result.carried),
-            carry_dkv=bool(compute.task.key_result.carried),
+            carry_dq=compute.carry_query,
+            carry_dkv=compute.carry_key,
             deterministic=self.call.deterministic,
         )
 

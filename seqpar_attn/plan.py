@@ -12,14 +12,24 @@ from .mask import Mask, MaskKind
 from .program import Program
 from .schedule import Block, Schedule, Task, build_schedule
 
+KEYS_PER_STEP = 16384
+"""Tokens of keys that a step of a ring gathers where shards are shorter: over 4096 keys an accumulator's way to memory
+and back is a tenth of a step, and Python's time counts. Over more than this, buffers would only grow."""
+
+
+def owners_per_step(shard: int) -> int:
+    """How many ranks' keys a ring attends in one step, for a shard of so many tokens."""
+    return max(1, KEYS_PER_STEP // max(1, shard))
+
 
 class Plan:
     """Schedules of one configuration, and the block masks that were asked for so far."""
 
-    def __init__(self, method: str, transfer: str, layout: str, world_size: int, mask: Mask):
+    def __init__(self, method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int):
         spans = get_layout(layout, world_size).chunks(mask.seqlen)
         self.forward, self.backward = (
-            build_schedule(method, spans, mask, backward=backward, transfer=transfer) for backward in (False, True)
+            build_schedule(method, spans, mask, backward=backward, transfer=transfer, owners_per_step=owners)
+            for backward in (False, True)
         )
         self._masks: dict[tuple[int, torch.device], BlockMask] = {}
         self._shared: dict[tuple[Block, Block, torch.device], BlockMask] = {}
@@ -54,9 +64,13 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=32)
+def _make_plan(method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int) -> Plan:
+    return Plan(method, transfer, layout, world_size, mask, owners)
+
+
 def make_plan(method: str, transfer: str, layout: str, world_size: int, mask: Mask) -> Plan:
     """The plan of a configuration; ValueError for unknown names and lengths that do not divide."""
-    return Plan(method, transfer, layout, world_size, mask)
+    return _make_plan(method, transfer, layout, world_size, mask, owners_per_step(mask.seqlen // world_size))
 
 
 def _positions(schedule: Schedule, block: Block, device: torch.device) -> torch.Tensor:

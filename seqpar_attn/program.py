@@ -14,7 +14,8 @@ from .schedule import Block, Kind, Result, Schedule, Task, Transfer
 class View(NamedTuple):
     """``length`` tokens from ``start`` of a slot, or, with slot None, of what the process holds itself.
 
-    ``local`` is the index of the rank among the local ones.
+    ``local`` is the index of the rank among the local ones. More than one in ``slots``: the same tokens of that many
+    slots from ``slot`` on.
     """
 
     local: int
@@ -22,10 +23,14 @@ class View(NamedTuple):
     slot: int | None
     start: int
     length: int
+    slots: int = 1
 
 
 class Compute(NamedTuple):
-    """A task; numbers are indices of views. ``query_fresh`` and ``key_fresh`` must be blanked before it."""
+    """One launch: a task, or several whose keys lie in consecutive slots; ``task`` is the first of them.
+
+    Numbers are indices of views. ``query_fresh`` and ``key_fresh`` must be blanked before it.
+    """
 
     task: Task
     query: int
@@ -34,6 +39,8 @@ class Compute(NamedTuple):
     key_result: int
     query_fresh: tuple[int, ...]
     key_fresh: tuple[int, ...]
+    carry_query: bool
+    carry_key: bool
     keep: bool
     """Forward: something will be added later, or the result travels, so the accumulator has to be written."""
     finish: bool
@@ -70,7 +77,7 @@ class Program:
         self._query_result = Kind.DQ if schedule.backward else Kind.OUT
         ranks = list(enumerate(local_ranks))
         self.moments = []
-        for row in schedule.steps:
+        for step, row in enumerate(schedule.steps):
             sends, receives = (
                 tuple(tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side)) for i, rank in ranks)
                 for side in ("sends", "receives")
@@ -80,7 +87,7 @@ class Program:
                 for i, rank in ranks
                 for m in row[rank].merges
             ]
-            computes = [self._compute(i, task) for i, rank in ranks for task in row[rank].tasks]
+            computes = [self._compute(i, tasks) for i, rank in ranks for tasks in schedule.launches(step, rank)]
             moves = any(sends) or any(receives)
             self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
         self.slots: dict[tuple[int, Kind], int] = {}
@@ -88,17 +95,15 @@ class Program:
         for view in self.views:
             if view.slot is not None:
                 key = (view.local, view.kind)
-                self.slots[key] = max(self.slots.get(key, 0), view.slot + 1)
+                self.slots[key] = max(self.slots.get(key, 0), view.slot + view.slots)
         self.single = all(
-            not compute.keep and not compute.task.query_result.carried
-            for moment in self.moments
-            for compute in moment.computes
+            not compute.keep and not compute.carry_query for moment in self.moments for compute in moment.computes
         ) and not any(moment.adds for moment in self.moments)
         """Forward: no accumulator is needed, every output row is finished by one task."""
 
-    def _view(self, local: int, kind: Kind, block: Block, slot: int | None) -> int:
+    def _view(self, local: int, kind: Kind, block: Block, slot: int | None, slots: int = 1) -> int:
         start, length = self.schedule.start(block), self.schedule.length(block)
-        view = View(local, kind, slot, start + (local * self.shard if slot is None else 0), length)
+        view = View(local, kind, slot, start + (local * self.shard if slot is None else 0), length, slots)
         if view not in self._index:
             self._index[view] = len(self.views)
             self.views.append(view)
@@ -107,24 +112,31 @@ class Program:
     def _transfer(self, local: int, transfer: Transfer) -> int:
         return self._view(local, transfer.kind, transfer.block, transfer.slot)
 
-    def _fresh(self, local: int, kind: Kind, block: Block, result: Result) -> tuple[int, ...]:
-        """A kernel carries a block as a whole: where some chunks carry, the new ones need something to carry."""
-        new = [chunk for chunk in block.chunks if chunk not in result.carried]
-        if len(new) == len(block.chunks):
+    def _fresh(self, local: int, kind: Kind, blocks: list[tuple[Block, Result]]) -> tuple[int, ...]:
+        """A kernel carries its blocks as a whole: where some chunks carry, the new ones need something to carry."""
+        if not any(result.carried for _, result in blocks):
             return ()
-        return tuple(self._view(local, kind, Block(block.owner, (chunk,)), result.slot) for chunk in new)
+        return tuple(
+            self._view(local, kind, Block(block.owner, (chunk,)), result.slot)
+            for block, result in blocks
+            for chunk in block.chunks
+            if chunk not in result.carried
+        )
 
-    def _compute(self, local: int, task: Task) -> Compute:
-        query_kind, result = self._query_result, task.query_result
+    def _compute(self, local: int, tasks: tuple[Task, ...]) -> Compute:
+        first, last, count = tasks[0], tasks[-1], len(tasks)
+        query_kind, result = self._query_result, first.query_result
         backward = self.schedule.backward
         return Compute(
-            task,
-            self._view(local, Kind.QUERY, task.query, task.query_slot),
-            self._view(local, Kind.KV, task.key, task.key_slot),
-            self._view(local, query_kind, task.query, result.slot),
-            self._view(local, Kind.DKV, task.key, task.key_result.slot) if backward else -1,
-            self._fresh(local, query_kind, task.query, result),
-            self._fresh(local, Kind.DKV, task.key, task.key_result) if backward else (),
-            result.slot is not None or len(result.final) < len(task.query.chunks),
-            result.slot is None and bool(result.final),
+            first,
+            self._view(local, Kind.QUERY, first.query, first.query_slot),
+            self._view(local, Kind.KV, first.key, first.key_slot, count),
+            self._view(local, query_kind, first.query, result.slot),
+            self._view(local, Kind.DKV, first.key, first.key_result.slot, count) if backward else -1,
+            self._fresh(local, query_kind, [(first.query, result)]),
+            self._fresh(local, Kind.DKV, [(task.key, task.key_result) for task in tasks]) if backward else (),
+            bool(result.carried),
+            any(task.key_result.carried for task in tasks),
+            result.slot is not None or len(last.query_result.final) < len(last.query.chunks),
+            result.slot is None and bool(last.query_result.final),
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 import seqpar_attn
+from seqpar_attn import plan
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
 from seqpar_attn.testing.errors import assert_error_rule
@@ -20,10 +23,13 @@ class Method:
     function: str
     layout: str
     transfer: str = "pull"
+    owners: int | None = None
+    """How many ranks' keys a step attends; by default as many as there are, for shards as short as these."""
 
     @property
     def name(self) -> str:
-        return f"{'dist_flash' if 'dist' in self.function else self.layout}-{self.transfer}"
+        name = f"{'dist_flash' if 'dist' in self.function else self.layout}-{self.transfer}"
+        return name if self.owners is None else f"{name}-by-{self.owners}"
 
 
 METHODS = [
@@ -36,6 +42,9 @@ METHODS = [
     Method("ring_attention", "striped", "ring"),
     Method("dist_flash_attention", "contiguous"),
     Method("dist_flash_attention", "contiguous", "ring"),
+    Method("ring_attention", "zigzag", owners=1),
+    Method("ring_attention", "zigzag", owners=2),
+    Method("ring_attention", "striped", owners=3),
 ]
 
 MASKS: dict[str, dict] = {
@@ -99,6 +108,20 @@ def truth(x: Inputs) -> dict[str, torch.Tensor]:
 
 def run(x: Inputs, method: Method, world_size: int, rank: int | None = None, **more) -> dict[str, torch.Tensor]:
     """Results of the whole sequence on virtual ranks (``rank`` None), or of this process's shard in a real group."""
+    with keys_per_step((method.owners or 1 << 20) * max(1, x.q.shape[1] // world_size)):
+        return _run(x, method, world_size, rank, **more)
+
+
+@contextlib.contextmanager
+def keys_per_step(tokens: int) -> Iterator[None]:
+    usual, plan.KEYS_PER_STEP = plan.KEYS_PER_STEP, tokens
+    try:
+        yield
+    finally:
+        plan.KEYS_PER_STEP = usual
+
+
+def _run(x: Inputs, method: Method, world_size: int, rank: int | None, **more) -> dict[str, torch.Tensor]:
     layout = get_layout(method.layout, world_size)
 
     def shard(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:

@@ -31,7 +31,7 @@ def test_eight_ranks_float16(method, mask):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 16])
-@pytest.mark.parametrize("method", [ZIGZAG, CONTIGUOUS, STRIPED, DIST_FLASH], **ids)
+@pytest.mark.parametrize("method", [ZIGZAG, CONTIGUOUS, STRIPED, DIST_FLASH, METHODS[9], METHODS[10]], **ids)
 def test_error_does_not_grow_with_ranks(method, world_size):
     ratios = check(2 * world_size * 77, "causal", method, world_size, torch.bfloat16, headdim=128, nheads=8)
     print(method.name, world_size, {name: f"{ratio:.3f}" for name, ratio in ratios.items()})

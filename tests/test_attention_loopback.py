@@ -8,7 +8,7 @@ import seqpar_attn
 from seqpar_attn import LoopbackGroup
 
 ids = dict(ids=lambda x: getattr(x, "name", str(x)))
-ZIGZAG, DIST_FLASH = METHODS[0], METHODS[7]
+ZIGZAG, DIST_FLASH, ZIGZAG_BY_2 = METHODS[0], METHODS[7], METHODS[10]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -45,7 +45,7 @@ def test_empty_shards(method):
 
 @pytest.mark.parametrize("world_size", [2, 5, 8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", [ZIGZAG, METHODS[3], METHODS[5], DIST_FLASH], **ids)
+@pytest.mark.parametrize("method", [ZIGZAG, METHODS[3], METHODS[5], DIST_FLASH, METHODS[9], ZIGZAG_BY_2], **ids)
 def test_error_does_not_grow_with_ranks(method, dtype, world_size):
     x = make_inputs(16 * 5 * 8, dtype=dtype, headdim=32)
     single = run(x, ZIGZAG, 1)
@@ -53,7 +53,7 @@ def test_error_does_not_grow_with_ranks(method, dtype, world_size):
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten"])
-@pytest.mark.parametrize("method", [ZIGZAG, METHODS[3], METHODS[5], DIST_FLASH], **ids)
+@pytest.mark.parametrize("method", [ZIGZAG, METHODS[3], METHODS[5], DIST_FLASH, ZIGZAG_BY_2], **ids)
 def test_backends(method, backend):
     x = make_inputs(96, dtype=torch.float32)
     expected = truth(x)

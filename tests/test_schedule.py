@@ -19,9 +19,12 @@ from seqpar_attn.schedule import (
     validate_schedule,
 )
 
-# (name, method, layout, transfer)
+# (name, method, layout, transfer, ranks whose keys a step attends)
 METHODS = [
     ("zigzag", "ring", "zigzag", "pull"),
+    ("zigzag-by-2", "ring", "zigzag", "pull", 2),
+    ("zigzag-by-5", "ring", "zigzag", "pull", 5),
+    ("contiguous-by-3", "ring", "contiguous", "pull", 3),
     ("zigzag-ring", "ring", "zigzag", "ring"),
     ("zigzag-gather", "ring", "zigzag", "all_gather"),
     ("contiguous", "ring", "contiguous", "pull"),
@@ -34,13 +37,16 @@ METHODS = [
     ("dist_flash-ring", "dist_flash", "contiguous", "ring"),
 ]
 IDS = [m[0] for m in METHODS]
+BY_NAME = {m[0]: m for m in METHODS}
 
 
 def build(method, world_size, shard, backward=False, **mask):
-    _, name, layout, transfer = method
+    _, name, layout, transfer, *owners = method
     seqlen = world_size * shard
     spans = get_layout(layout, world_size).chunks(seqlen)
-    return build_schedule(name, spans, Mask(seqlen, **mask), backward=backward, transfer=transfer)
+    return build_schedule(
+        name, spans, Mask(seqlen, **mask), backward=backward, transfer=transfer, owners_per_step=sum(owners) or 1
+    )
 
 
 # Every world size in four parts; how keys travel is proved for all small ones and some large.
@@ -114,15 +120,15 @@ def test_balance(world_size):
     shard = 8
     block = shard * shard
     rates = Rates(1.0, dict.fromkeys(Kind, 0.0))
-    zigzag = build(METHODS[0], world_size, shard)
+    zigzag = build(BY_NAME["zigzag"], world_size, shard)
     for step, row in enumerate(zigzag.steps):
         areas = [sum(task.area for task in cell.tasks) for cell in row]
         assert areas == [block // 2 if step else shard * (shard + 1) // 2] * world_size
     diagonal = shard * (shard + 1) // 2
     ideal = (world_size - 1) * block // 2 + diagonal
     assert simulate_schedule(zigzag, rates).makespan == ideal
-    assert simulate_schedule(build(METHODS[9], world_size, shard), rates).makespan == ideal
-    plain = simulate_schedule(build(METHODS[3], world_size, shard), rates).makespan
+    assert simulate_schedule(build(BY_NAME["dist_flash"], world_size, shard), rates).makespan == ideal
+    plain = simulate_schedule(build(BY_NAME["contiguous"], world_size, shard), rates).makespan
     assert plain == diagonal + (world_size - 1) * block
 
 
@@ -134,21 +140,21 @@ def sent_tokens(schedule, kind):
 def test_zigzag_moves_only_what_is_read(world_size):
     """An early chunk is read by everybody, a late one by lower ranks only: 3/4 of what a plain ring moves."""
     shard = 4
-    moved = sent_tokens(build(METHODS[0], world_size, shard), Kind.KV)
+    moved = sent_tokens(build(BY_NAME["zigzag"], world_size, shard), Kind.KV)
     assert moved == world_size * (world_size - 1) * shard * 3 // 4
 
 
 def test_windows_and_documents_drop_tasks_and_transfers():
     world_size, shard = 8, 16
-    whole = build(METHODS[3], world_size, shard)
-    window = build(METHODS[3], world_size, shard, window_size=5)
+    whole = build(BY_NAME["contiguous"], world_size, shard)
+    window = build(BY_NAME["contiguous"], world_size, shard, window_size=5)
     assert len(window.steps) == 2
     assert all(t.peer == rank + 1 for rank, cell in enumerate(window.steps[0]) for t in cell.sends)
     # The window reaches four keys back: half a shard is read, half is moved.
     assert sent_tokens(window, Kind.KV) == (world_size - 1) * shard // 2 < sent_tokens(whole, Kind.KV)
     documents = tuple(range(0, world_size * shard + 1, shard))
     for causal in (True, False):
-        alone = build(METHODS[3], world_size, shard, causal=causal, cu_seqlens=documents)
+        alone = build(BY_NAME["contiguous"], world_size, shard, causal=causal, cu_seqlens=documents)
         assert len(alone.steps) == 1
         assert sum(sent_tokens(alone, kind) for kind in Kind) == 0
 
@@ -157,15 +163,15 @@ def test_transfers_travel_under_compute():
     """With links fast enough for one step's data per step of compute, nothing but the last results is exposed."""
     shard = 16
     for backward in (False, True):
-        schedule = build(METHODS[0], 8, shard, backward)
+        schedule = build(BY_NAME["zigzag"], 8, shard, backward)
         weights = {Kind.KV: 1.0, Kind.QUERY: 1.0, Kind.OUT: 2.0, Kind.DQ: 2.0, Kind.DKV: 2.0}
         rates = Rates(1.0, weights, bytes_per_second=1.0)
         simulation = simulate_schedule(schedule, rates)
         trailing = sum(not any(cell.tasks for cell in row) for row in schedule.steps)
         assert trailing <= 2
         assert max(simulation.exposed) <= trailing * shard * 2.0
-        assert simulate_schedule(build(METHODS[0], 8, shard), rates).makespan == pytest.approx(
-            max(simulate_schedule(build(METHODS[0], 8, shard), rates).busy)
+        assert simulate_schedule(build(BY_NAME["zigzag"], 8, shard), rates).makespan == pytest.approx(
+            max(simulate_schedule(build(BY_NAME["zigzag"], 8, shard), rates).busy)
         )
 
 
@@ -175,10 +181,24 @@ def test_few_buffers(method):
     for world_size in (8, 33):
         schedule = build(method, world_size, 4, backward=True)
         keys = schedule.slots(Kind.KV)
-        assert keys == (world_size - 1 if method[3] == "all_gather" else 2)
+        owners = method[4] if len(method) > 4 else 1
+        assert keys <= (world_size - 1 if method[3] == "all_gather" else 2 * owners)
         if method[3] != "all_gather":
             assert schedule.slots(Kind.QUERY) <= 2
-            assert schedule.slots(Kind.DKV) <= 5 and schedule.slots(Kind.DQ) <= 5
+            assert schedule.slots(Kind.DKV) <= 6 * owners and schedule.slots(Kind.DQ) <= 5
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("owners", [2, 4, 7])
+def test_keys_of_several_ranks_take_one_launch(owners, backward):
+    """At most one step of a zigzag rank attends both earlier and later ranks' keys, and takes two launches."""
+    world_size = 8
+    schedule = build(("", "ring", "zigzag", "pull", owners), world_size, 4, backward)
+    steps = 1 + -(-(world_size - 1) // owners)
+    for rank in range(world_size):
+        launches = [len(schedule.launches(step, rank)) for step in range(len(schedule.steps))]
+        assert sum(launches) <= steps + 1 and max(launches) <= 2
+    assert sum(len(schedule.launches(step, world_size - 1)) for step in range(len(schedule.steps))) == steps
 
 
 def first_task(schedule, wanted):
@@ -198,8 +218,8 @@ def with_step(schedule, s, r, **changes):
 
 def faults():
     """Right schedules with one thing broken, and the complaint that must follow."""
-    forward, backward = build(METHODS[0], 4, 4), build(METHODS[0], 4, 4, backward=True)
-    helpers = build(METHODS[9], 4, 4)
+    forward, backward = build(BY_NAME["zigzag"], 4, 4), build(BY_NAME["zigzag"], 4, 4, backward=True)
+    helpers = build(BY_NAME["dist_flash"], 4, 4)
     step = forward.steps[1][2]
     yield "a task twice", with_step(forward, 1, 2, tasks=step.tasks * 2), "twice|carried"
     yield "a task missing", with_step(forward, 3, 1, tasks=()), "never computed"
@@ -234,6 +254,6 @@ def test_bad_names():
 
 
 def test_format_shows_steps_and_ranks():
-    text = format_schedule(build(METHODS[0], 2, 4))
+    text = format_schedule(build(BY_NAME["zigzag"], 2, 4))
     assert text.splitlines()[1].split() == ["step", "rank", "0", "rank", "1"]
     assert "q0,1 k0,1 c" in text and "kv0>1" in text

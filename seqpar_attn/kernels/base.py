@@ -4,8 +4,8 @@ Shapes: ``q, out, dout: [batch, seqlen_q, nheads, headdim]``; ``k, v: [batch, se
 ``lse, delta: [batch, nheads, seqlen_q]``, natural logarithm. ``nheads`` is a multiple of ``nheads_kv``: query head h
 reads key head ``h // (nheads // nheads_kv)``. The head dimension is contiguous; every other stride is free, so a
 block may be a slice of a shard. With a FULL mask, ``k, v`` (and ``dk, dv``) may have one more dimension in front:
-``[parts, batch, seqlen_k, nheads_kv, headdim]``, keys of several owners that are attended together. Accumulators and ``lse``, ``delta`` have the accumulator dtype: float32, or float64
-for float64 inputs.
+``[parts, batch, seqlen_k, nheads_kv, headdim]``, keys of several owners that are attended together. Accumulators and
+``lse``, ``delta`` have the accumulator dtype: float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def join_parts(x: torch.Tensor) -> torch.Tensor:
 
 def split_parts(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The inverse of ``join_parts``, into the shape of ``like``."""
-    return x if like.ndim == 4 else x.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
+    if like.ndim == 4:
+        return x
+    parts, batch, *rest = like.shape
+    return x.reshape(batch, parts, *rest).transpose(0, 1)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..mask import Mask, MaskKind, Span, pairs_up_to
-from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer
+from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, joinable
 
 Placement = list[list[list[tuple[Block, Block]]]]
 """``[step][rank]`` -> (query block, key block) pairs."""
@@ -21,18 +21,12 @@ METHODS = ("ring", "dist_flash")
 TRANSFERS = ("pull", "ring", "all_gather")
 
 
-def ring_placement(shards: list[Block]) -> Placement:
-    """Ring attention (Liu et al. 2023): rank r at step t attends the keys of rank r - t."""
+def ring_placement(shards: list[Block], owners_per_step: int) -> Placement:
+    """Ring attention (Liu et al. 2023): rank r attends its own keys, then those of r - 1, r - 2, ..., some per step."""
     world_size = len(shards)
-    return [[[(shards[r], shards[(r - t) % world_size])] for r in range(world_size)] for t in range(world_size)]
-
-
-def all_gather_placement(shards: list[Block]) -> Placement:
-    """Own keys first, under the gathering of everybody's; then all others in one step."""
-    ranks = range(len(shards))
-    own = [[(shards[r], shards[r])] for r in ranks]
-    others = [[(shards[r], shards[(r - t) % len(shards)]) for t in ranks if t] for r in ranks]
-    return [own, others]
+    ranks = range(world_size)
+    steps = [range(t, min(t + owners_per_step, world_size)) for t in range(1, world_size, owners_per_step)]
+    return [[[(shards[r], shards[(r - t) % world_size]) for t in step] for r in ranks] for step in [range(1), *steps]]
 
 
 def dist_flash_placement(shards: list[Block]) -> Placement:
@@ -253,13 +247,35 @@ class _Builder:
 
     # Assembly ---------------------------------------------------------------------------------------------------
 
+    def slot_runs(self) -> list[list[_Slot]]:
+        """Slots that must follow each other, so that one launch can take the keys of several owners."""
+        runs = []
+        per_rank = len(self.blocks.span) // self.world_size
+        for step, row in enumerate(self.tasks):
+            for rank, cell in enumerate(row):
+                groups: list[list[int]] = []
+                for index, task in enumerate(cell):
+                    if index and task.query.owner == rank and joinable(cell[index - 1], task, per_rank):
+                        groups[-1].append(index)
+                    else:
+                        groups.append([index])
+                for group in groups:
+                    if len(group) > 1:
+                        for kind in {Kind.KV, self.result_kinds[-1]} - {Kind.OUT}:
+                            runs.append([self.slot_of[step, rank, index, kind] for index in group])
+        together = {id(slot) for run in runs for slot in run}
+        return runs + [[slot] for slot in self.slots if id(slot) not in together]
+
     def assign_slots(self) -> None:
         """Interval colouring: a slot is free again in the step after its last use."""
         busy: dict[tuple[int, Kind], list[int]] = defaultdict(list)
-        for slot in sorted(self.slots, key=lambda s: (s.first, s.last)):
-            until = busy[slot.rank, slot.kind]
-            slot.index = next((i for i, last in enumerate(until) if last < slot.first), len(until))
-            until[slot.index : slot.index + 1] = [slot.last]
+        lives = [(min(s.first for s in run), max(s.last for s in run), run) for run in self.slot_runs()]
+        for first, _, run in sorted(lives, key=lambda life: life[:2]):
+            until = busy[run[0].rank, run[0].kind]
+            base = next(b for b in range(len(until) + 1) if all(last < first for last in until[b : b + len(run)]))
+            for index, slot in enumerate(run, base):
+                slot.index = index
+                until[index : index + 1] = [slot.last]
 
     def transfers(self, steps: int) -> tuple[list[list[list[Transfer]]], list[list[list[Transfer]]]]:
         """Sends and receives per step and rank, chunks of one message joined, both sides in the same order."""
@@ -358,13 +374,15 @@ def build_schedule(
     *,
     backward: bool = False,
     transfer: str = "pull",
+    owners_per_step: int = 1,
 ) -> Schedule:
     """The schedule of ``method`` for a layout's ``spans`` (per rank, in shard order) and a mask.
 
     ``method`` is "ring" (zigzag, contiguous and striped rings differ by layout only) or "dist_flash" (contiguous
     layout; without causality there is nothing to balance and it is a ring). ``transfer``: "pull" (every operand
     straight from its owner), "ring" (keys passed from neighbour to neighbour) or "all_gather" (all keys in one
-    exchange). Raises ValueError for other names.
+    exchange). A pulling ring attends the keys of ``owners_per_step`` ranks in each step: fewer and larger kernels, for
+    twice as many buffers. Raises ValueError for other names.
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
@@ -379,10 +397,9 @@ def build_schedule(
     shards = [Block(r, tuple(range(r * per_rank, (r + 1) * per_rank))) for r in range(len(spans))]
     if balanced:
         placement = dist_flash_placement(shards)
-    elif transfer == "all_gather":
-        placement = all_gather_placement(shards)
     else:
-        placement = ring_placement(shards)
+        owners = {"pull": owners_per_step, "ring": 1, "all_gather": len(shards)}
+        placement = ring_placement(shards, owners[transfer])
     builder = _Builder(spans, mask, placement, backward)
     if transfer == "ring":
         builder.pass_around()

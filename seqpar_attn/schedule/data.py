@@ -134,6 +134,16 @@ class Schedule:
         """Where the block begins in its owner's shard, in tokens."""
         return sum(span.length for span in self.spans[block.owner][: block.chunks[0] % self.chunks_per_rank])
 
+    def launches(self, step: int, rank: int) -> list[tuple[Task, ...]]:
+        """The tasks of a step, joined where one kernel launch can do several: their keys lie in consecutive slots."""
+        found: list[tuple[Task, ...]] = []
+        for task in self.steps[step][rank].tasks:
+            if found and joinable(found[-1][-1], task, self.chunks_per_rank) and _slots_follow(found[-1][-1], task):
+                found[-1] += (task,)
+            else:
+                found.append((task,))
+        return found
+
     def slots(self, kind: Kind, rank: int | None = None) -> int:
         """Buffers of ``kind`` that a rank needs (the most of any rank by default)."""
         ranks = range(self.world_size) if rank is None else (rank,)
@@ -148,6 +158,28 @@ class Schedule:
                     if kind is Kind.DKV and task.key_result.slot is not None:
                         used.append(task.key_result.slot)
         return max(used) + 1
+
+
+def joinable(task: Task, following: Task, chunks_per_rank: int) -> bool:
+    """Whether two tasks of a rank differ only in whose keys they attend, all of them seen by all queries."""
+    first, second = ([c - block.owner * chunks_per_rank for c in block.chunks] for block in (task.key, following.key))
+    return (
+        task.kind is following.kind is MaskKind.FULL
+        and task.query == following.query
+        and first == second
+        and task.query.owner not in (task.key.owner, following.key.owner)
+    )
+
+
+def _slots_follow(task: Task, following: Task) -> bool:
+    if task.key_slot is None or following.key_slot is None or task.query_slot != following.query_slot:
+        return False
+    results = task.key_result.slot, following.key_result.slot
+    return (
+        following.key_slot == task.key_slot + 1
+        and task.query_result.slot is following.query_result.slot is None
+        and (results == (None, None) or (None not in results and results[1] == results[0] + 1))  # type: ignore[operator]
+    )
 
 
 class ScheduleError(AssertionError):

@@ -22,7 +22,6 @@ from .common import (
     key_boxes,
     key_ranges,
     key_sizes,
-    load_accumulator,
     load_key_tile,
     load_own_rows,
     load_own_tile,
@@ -240,8 +239,8 @@ def _over_keys(
         part, tile = part_and_tile(i, tiles, KIND)
         start = tl.multiple_of(masked_start(tile, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
         # k: [BLOCK_N, DIM]
-        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
-                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh,
+                               seqlen_k, headdim, BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         if SOFTCAP:
             s = tanh(s * pre_scale)
@@ -250,8 +249,8 @@ def _over_keys(
             keys = start + tl.arange(0, BLOCK_N)
             p = tl.where(visible(keys[None, :], lo[:, None], hi[:, None], KIND), p, 0.0)
         # v: [BLOCK_N, DIM]
-        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
-                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh,
+                               seqlen_k, headdim, BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         dp = tl.dot(dout_tile, v_tile.T, input_precision="ieee")
         ds = p * (dp - d[:, None])
         if SOFTCAP:

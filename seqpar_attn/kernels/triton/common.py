@@ -16,6 +16,9 @@ KIND_NUMBER = {MaskKind.FULL: 0, MaskKind.CAUSAL: 1, MaskKind.INTERVAL: 2}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Arguments that change from step to step of a ring: specialising kernels on them would only compile more of them.
+CHANGING = ["seqlen_q", "seqlen_k", "parts", "offset", "carry", "heads_total", "heads_at_once", "nheads", "group"]
+
 L2_BYTES_FOR_KEYS = 64 << 20
 
 

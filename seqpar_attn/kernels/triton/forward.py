@@ -51,8 +51,8 @@ def _attend(
         start = tl.multiple_of(masked_start(tile, begin, left_tiles, full_end, BLOCK_N), BLOCK_N)
         # Tiles of the full range lie inside the tensor; only masked ones may hang over its end.
         # k: [BLOCK_N, DIM]
-        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh, seqlen_k, headdim,
-                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        k_tile = load_key_tile(k, part, batch, head_kv, start, stride_kp, stride_kb, stride_ks, stride_kh,
+                               seqlen_k, headdim, BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         s = tl.dot(q, k_tile.T, input_precision="ieee")
         if SOFTCAP:
             s = tanh(s * pre_scale)
@@ -68,14 +68,13 @@ def _attend(
         rescale = tl.exp2(peak - base)
         total = total * rescale + tl.sum(p, 1)
         # v: [BLOCK_N, DIM]
-        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh, seqlen_k, headdim,
-                               BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
+        v_tile = load_key_tile(v, part, batch, head_kv, start, stride_vp, stride_vb, stride_vs, stride_vh,
+                               seqlen_k, headdim, BLOCK_N, DIM, EVEN_N or not MASKED, EVEN_D, TMA)  # fmt: skip
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 
 
-# Lengths and offsets change from step to step of a ring: specialising on them would only compile more kernels.
 @triton.jit(
     do_not_specialize=["seqlen_q", "seqlen_k", "parts", "offset", "heads_total", "heads_at_once", "nheads", "group"]
 )
@@ -111,7 +110,8 @@ def forward_kernel(
     if SPECIALIZED:
         # Triton 3.6 splits exactly one loop among warp groups, so this one masks every tile if it masks any.
         acc, total, peak = _attend(
-            acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi, begin, 0, begin, tl.cdiv(end - begin, BLOCK_N), parts,
+            acc, total, peak, q_tile, k, v, batch, head_kv, lo, hi,
+            begin, 0, begin, tl.cdiv(end - begin, BLOCK_N), parts,
             stride_kp, stride_kb, stride_ks, stride_kh, stride_vp, stride_vb, stride_vs, stride_vh,
             seqlen_k, headdim, pre_scale, post_scale,
             BLOCK_M, BLOCK_N, DIM, KIND, NEEDS_MASK, SOFTCAP, EVEN_N, EVEN_D, TMA, True,
