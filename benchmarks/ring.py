@@ -3,11 +3,11 @@
     python3 benchmarks/ring.py --out benchmarks/results
 
 Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
-is a copy on a side stream inside its memory (or, with --transfers none, nothing). "of ideal" is (single-device call on the whole sequence) / W /
-(slowest rank). "makespan" plays the measured step times of all ranks through ``simulate_schedule`` with all
-dependencies between ranks: once with free links, once with the link given by --link (GB/s each way); those two columns
-are simulated.
-"host us/step" is Python's time per step that computes, without the stand-in for the transfers.
+is a copy inside its memory on a side stream (or, with --transfers none, nothing). "of ideal" is (single-device call on
+the whole sequence) / W / (slowest rank). "makespan" plays the measured step times of all ranks through
+``simulate_schedule`` with all dependencies between ranks: once with free links, once with the link given by --link
+(GB/s each way); those two columns are simulated. "host us/step" is Python's time per task of the schedule (the keys of
+one owner), without the stand-in for the transfers, and "GPU us/step" the GPU's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
                 Rates(1.0, weights, bytes_per_second=arguments.link * 1e9, latency=1e-5),
                 step_seconds=seconds,
             )
-            computing = sum(any(row[0].tasks) for row in schedule.steps)
+            tasks = sum(len(row[0].tasks) for row in schedule.steps)
             host = max(statistics.median(share.times[direction].host) for share in ranks)
             row[direction] = {
                 "ideal_ms": ideal,
@@ -81,8 +81,8 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
                 "of_ideal": ideal / max(totals),
                 "makespan_free_ms": free.makespan * 1e3,
                 "makespan_link_ms": link.makespan * 1e3,
-                "host_us_per_step": host * 1e3 / computing,
-                "gpu_us_per_step": min(totals) * 1e3 / computing,
+                "host_us_per_step": host * 1e3 / tasks,
+                "gpu_us_per_step": min(totals) * 1e3 / tasks,
             }
             for key in ("ideal_ms", "slowest_ms", "makespan_free_ms", "makespan_link_ms"):
                 both[key] = both.get(key, 0.0) + row[direction][key]
@@ -118,7 +118,7 @@ def render(payload: dict) -> str:
                 cells += [f"{x['single_tflops']:.0f}", f"{x['host_us_per_step']:.0f}", f"{x['gpu_us_per_step']:.0f}"]
             lines.append(cells)
     note = (
-        f"One rank at a time on one GPU; " + TRANSFERS[payload["transfers"]] + ". "
+        "One rank at a time on one GPU; " + TRANSFERS[payload["transfers"]] + ". "
         "* simulated from the measured step times."
     )
     return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
