@@ -38,47 +38,57 @@ class _Pass:
     def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
         self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
         self.program = plan.program(backward, comm.local_ranks)
-        self._slots: dict[tuple[int, Kind], list[Field]] = {}
-        self._views: list[list[torch.Tensor] | None] = [None] * len(self.program.views)
+        self._stacks: dict[tuple[int, Kind], tuple[torch.Tensor, ...]] = {}
+        self._pieces: dict[tuple[int, Kind, int, int], list[tuple[torch.Tensor, ...]]] = {}
+        self._views: list[Sequence[torch.Tensor] | None] = [None] * len(self.program.views)
 
-    def view(self, index: int) -> list[torch.Tensor]:
+    def view(self, index: int) -> Sequence[torch.Tensor]:
         """The tensors of a view, made at its first use; of several slots, with their number as first dimension."""
         tensors = self._views[index]
         if tensors is None:
             local, kind, slot, start, length, slots = self.program.views[index]
             if slot is None:
-                fields: Sequence[Field] = self.own[kind]
-            elif slots == 1:
-                fields = [(x.select(0, slot), dim) for x, dim in self._all_slots(local, kind)]
+                tensors = [x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in self.own[kind]]
             else:
-                fields = [(x.narrow(0, slot, slots), dim + 1) for x, dim in self._all_slots(local, kind)]
-            tensors = self._views[index] = [
-                x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in fields
-            ]
+                pieces = self._cut(local, kind, start, length)
+                tensors = pieces[slot] if slots == 1 else [x.narrow(0, slot, slots) for x in pieces[-1]]
+            self._views[index] = tensors
         return tensors
 
-    def _all_slots(self, local: int, kind: Kind) -> list[Field]:
-        """The fields of all slots of a kind, stacked in a first dimension, made at their first use.
+    def _cut(self, local: int, kind: Kind, start: int, length: int) -> list[tuple[torch.Tensor, ...]]:
+        """The same tokens of every slot of a kind: the fields per slot, and last those of all slots in one.
 
-        One allocation for all where possible: each costs as much host time as a launch.
+        All at once, because a view costs as much host time as half a launch, and unbind makes many for one.
         """
-        fields = self._slots.get((local, kind))
-        if fields is None:
+        pieces = self._pieces.get((local, kind, start, length))
+        if pieces is None:
+            stacks = self._stack(local, kind)
+            if length != self.program.shard:
+                dims = [dim + 1 for _, dim in self.like[kind]]
+                stacks = tuple(x.narrow(dim, start, length) for x, dim in zip(stacks, dims))
+            pieces = self._pieces[local, kind, start, length] = [*zip(*(x.unbind() for x in stacks)), stacks]
+        return pieces
+
+    def _stack(self, local: int, kind: Kind) -> tuple[torch.Tensor, ...]:
+        """All slots of a kind, made together: per field ``[slots, *the shape of one shard]``."""
+        stacks = self._stacks.get((local, kind))
+        if stacks is None:
             count, like = self.program.slots[local, kind], self.like[kind]
             shapes = []
             for x, dim in like:
                 shape = list(x.shape)
                 shape[dim] = self.program.shard
                 shapes.append(shape)
-            x = like[0][0]
-            if all(shape == shapes[0] and y.dtype == x.dtype for shape, (y, _) in zip(shapes, like)):
-                stacks = torch.empty([count, len(like), *shapes[0]], dtype=x.dtype, device=x.device).unbind(1)
+            first = like[0][0]
+            if all(shape == shapes[0] and x.dtype == first.dtype for shape, (x, _) in zip(shapes, like)):
+                whole = torch.empty([count, len(like), *shapes[0]], dtype=first.dtype, device=first.device)
+                stacks = whole.unbind(1)
             else:
                 stacks = tuple(
-                    torch.empty([count, *shape], dtype=y.dtype, device=y.device) for shape, (y, _) in zip(shapes, like)
+                    torch.empty([count, *shape], dtype=x.dtype, device=x.device) for shape, (x, _) in zip(shapes, like)
                 )
-            fields = self._slots[local, kind] = [(stack, dim) for stack, (_, dim) in zip(stacks, like)]
-        return fields
+            self._stacks[local, kind] = stacks
+        return stacks
 
     def play(self) -> None:
         for moment in self.program.moments:
@@ -172,7 +182,7 @@ class _Backward(_Pass):
 
     def add(self, add: Add) -> None:
         for x, part in zip(self.view(add.own), self.view(add.part)):
-            x.add_(part)
+            self.kernel.accumulate(x, part if part.ndim == 5 else part.unsqueeze(0))
 
     def compute(self, compute: Compute) -> None:
         for fresh in (*compute.query_fresh, *compute.key_fresh):

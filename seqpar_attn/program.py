@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .schedule import Block, Kind, Result, Schedule, Task, Transfer
+from .schedule import Block, Kind, Merge, Result, Schedule, Task, Transfer
 
 
 class View(NamedTuple):
@@ -48,7 +48,7 @@ class Compute(NamedTuple):
 
 
 class Add(NamedTuple):
-    """A merge: the view ``part`` into the view ``own``."""
+    """A merge: the view ``part`` into the view ``own``; gradients of several slots at once."""
 
     kind: Kind
     own: int
@@ -64,6 +64,27 @@ class Moment(NamedTuple):
     adds: tuple[Add, ...]
     computes: tuple[Compute, ...]
     moves: bool
+
+
+def _alike(merges: Sequence[Merge]) -> list[list[Merge]]:
+    """Merges of the same block from consecutive slots, which are one sum; partial outputs stay apart."""
+    found: list[list[Merge]] = []
+    for merge in merges:
+        last = found[-1][-1] if found else None
+        if (
+            last
+            and merge.kind is not Kind.OUT
+            and (merge.kind, merge.block, merge.slot)
+            == (
+                last.kind,
+                last.block,
+                last.slot + 1,
+            )
+        ):
+            found[-1].append(merge)
+        else:
+            found.append([merge])
+    return found
 
 
 class Program:
@@ -82,11 +103,7 @@ class Program:
                 tuple(tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side)) for i, rank in ranks)
                 for side in ("sends", "receives")
             )
-            adds = [
-                Add(m.kind, self._view(i, m.kind, m.block, None), self._view(i, m.kind, m.block, m.slot), bool(m.final))
-                for i, rank in ranks
-                for m in row[rank].merges
-            ]
+            adds = [self._add(i, merges) for i, rank in ranks for merges in _alike(row[rank].merges)]
             computes = [self._compute(i, tasks) for i, rank in ranks for tasks in schedule.launches(step, rank)]
             moves = any(sends) or any(receives)
             self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
@@ -108,6 +125,12 @@ class Program:
             self._index[view] = len(self.views)
             self.views.append(view)
         return self._index[view]
+
+    def _add(self, local: int, merges: list[Merge]) -> Add:
+        first = merges[0]
+        own = self._view(local, first.kind, first.block, None)
+        part = self._view(local, first.kind, first.block, first.slot, len(merges))
+        return Add(first.kind, own, part, any(merge.final for merge in merges))
 
     def _transfer(self, local: int, transfer: Transfer) -> int:
         return self._view(local, transfer.kind, transfer.block, transfer.slot)

@@ -227,6 +227,17 @@ def check_merge(kernel: Kernel, case: Case, dtype: torch.dtype, device: str) -> 
         compare(f"merge {case.name} {dtype} {name}", got, same_dtype[name], truth[name], seed)
 
 
+def check_accumulate(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+    """Sums of one part and of several, of whole shards and of slices of them; what lies beside stays as it is."""
+    for batch, seqlen, parts, rows in ((1, 64, 3, slice(0, 64)), (2, 37, 2, slice(5, 30)), (3, 9, 1, slice(4, 9))):
+        whole = torch.randn(batch, seqlen, 2, 24, device=device, dtype=dtype)
+        pieces = torch.randn(parts, batch, seqlen, 2, 24, device=device, dtype=dtype)
+        expected = whole.double()
+        expected[:, rows] += pieces[:, :, rows].double().sum(0)
+        kernel.accumulate(whole[:, rows], pieces[:, :, rows])
+        assert (whole.double() - expected).abs().max() < 1e-5 * parts
+
+
 def check_nan(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
     """A NaN in one query spoils that query's rows and nothing else."""
     case = Case("nan", 40, 40, "causal")

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from kernel_cases import check_accumulate
 from kernel_checks import (
     INF,
     NAN,
@@ -199,6 +200,11 @@ def test_calls_of_cuda_ops_fit_this_torch(kernel, mask) -> None:
 
 
 # --- merge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reference", "aten"])
+def test_accumulate(name) -> None:
+    check_accumulate(get(name), torch.float64, "cpu")
 
 
 @pytest.mark.parametrize("name", ["reference", "aten"])

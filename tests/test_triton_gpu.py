@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import Case, cases, check, check_keep, check_merge, check_nan
+from kernel_cases import Case, cases, check, check_accumulate, check_keep, check_merge, check_nan
 
 from seqpar_attn.kernels.triton import TritonKernel
 from seqpar_attn.kernels.triton.config import Tile
@@ -54,6 +54,10 @@ def test_other_loads(case: Case, name: str) -> None:
 def test_merge(strided: bool) -> None:
     case = Case("merge", 777, 0, headdim=80 if strided else 128, strided=strided)
     check_merge(KERNEL, case, torch.bfloat16, "cuda")
+
+
+def test_accumulate() -> None:
+    check_accumulate(KERNEL, torch.float32, "cuda")
 
 
 def test_nan() -> None:

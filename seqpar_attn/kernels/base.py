@@ -149,10 +149,22 @@ class Kernel(Protocol):
         """Merge a partial result into ``(out_acc, lse)``; also write the merged rows to ``out`` if given."""
         ...
 
+    def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
+        """Add ``parts: [count, *target.shape]`` to ``target``, gradients in the accumulator dtype.
+
+        Both are slices along the sequence of contiguous ``[..., b, s, h, d]``.
+        """
+        ...
+
 
 def delta_reference(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     dtype = accumulator_dtype(out.dtype)
     return (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+
+
+def accumulate_reference(target: torch.Tensor, parts: torch.Tensor) -> None:
+    for part in parts:
+        target.add_(part)
 
 
 def merge_reference(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..mask import MaskKind
-from .base import BlockMask, delta_reference, join_parts, merge_reference, split_parts
+from .base import BlockMask, accumulate_reference, delta_reference, join_parts, merge_reference, split_parts
 
 # Stands for lse = -inf in backward: exp(score - _NO_KEY) is exactly 0, while exp(score + inf) would be inf or NaN.
 # Finite, so that a kernel may multiply it by log2(e) or subtract it from -inf without making a NaN.
@@ -251,3 +251,6 @@ class PartialKernel:
         out: torch.Tensor | None,
     ) -> None:
         merge_reference(lse, out_acc, lse_part, out_part, out)
+
+    def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
+        accumulate_reference(target, parts)

@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 
 from ..mask import MaskKind
-from .base import BlockMask, accumulator_dtype, delta_reference, join_parts, merge_reference, split_parts
+from .base import (
+    BlockMask,
+    accumulate_reference,
+    accumulator_dtype,
+    delta_reference,
+    join_parts,
+    merge_reference,
+    split_parts,
+)
 
 
 def visible(mask: BlockMask, seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tensor | None:
@@ -146,3 +154,6 @@ class ReferenceKernel:
         out: torch.Tensor | None,
     ) -> None:
         merge_reference(lse, out_acc, lse_part, out_part, out)
+
+    def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
+        accumulate_reference(target, parts)

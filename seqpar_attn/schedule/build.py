@@ -139,6 +139,8 @@ class _Builder:
         self.blocks = _Blocks(mask, spans)
         self.messages: list[_Message] = []
         self.slots: list[_Slot] = []
+        self.runs: list[list[_Slot]] = []
+        """Slots that must follow each other, so that one launch can take what several ranks sent."""
         self.slot_of: dict[tuple[int, int, int, Kind], _Slot] = {}
         """(step, rank, task index, kind) -> slot of that task's operand or result."""
         self.carried: dict[tuple[int, int, int, Kind], set[int]] = defaultdict(set)
@@ -233,24 +235,30 @@ class _Builder:
                     self.send(step - 1, kind, Block(block.owner, (chunk,)), end[1], end[2], slot)
                     self.carried[step, rank, index, kind].add(chunk)
                 ends[chunk].append((step, rank, slot))
-        homes: dict[tuple[int, int, int], _Slot] = {}
+        homes: dict[tuple[int, int, int], tuple[_Slot, list[int]]] = {}
         for chunk, loose in ends.items():
             owner = owner_of[chunk]
             for step, rank, slot in loose:
                 key = (step, rank, owner)
                 if key not in homes:
-                    homes[key] = self.new_slot(owner, kind, step + 1)
-                home = homes[key]
+                    homes[key] = self.new_slot(owner, kind, step + 1), []
+                home, chunks = homes[key]
+                chunks.append(chunk)
                 self.send(step + 1, kind, Block(owner, (chunk,)), rank, slot, home)
                 home.use(step + 2)
                 self.merges[step + 2, owner].append((kind, owner, chunk, home))
+        if kind is not Kind.OUT:  # sums of several parts at once; partial outputs are merged one by one
+            alike: dict[tuple[int, int, tuple[int, ...]], list[_Slot]] = defaultdict(list)
+            for (step, _, owner), (home, chunks) in homes.items():
+                alike[step, owner, tuple(sorted(chunks))].append(home)
+            self.runs += alike.values()
 
     # Assembly ---------------------------------------------------------------------------------------------------
 
-    def slot_runs(self) -> list[list[_Slot]]:
-        """Slots that must follow each other, so that one launch can take the keys of several owners."""
-        runs = []
+    def join_tasks(self) -> None:
+        """The keys (and their gradients) of tasks that may share a launch go into consecutive slots."""
         per_rank = len(self.blocks.span) // self.world_size
+        kinds = [kind for kind in (Kind.KV, *self.result_kinds[1:])]
         for step, row in enumerate(self.tasks):
             for rank, cell in enumerate(row):
                 groups: list[list[int]] = []
@@ -261,15 +269,14 @@ class _Builder:
                         groups.append([index])
                 for group in groups:
                     if len(group) > 1:
-                        for kind in {Kind.KV, self.result_kinds[-1]} - {Kind.OUT}:
-                            runs.append([self.slot_of[step, rank, index, kind] for index in group])
-        together = {id(slot) for run in runs for slot in run}
-        return runs + [[slot] for slot in self.slots if id(slot) not in together]
+                        self.runs += [[self.slot_of[step, rank, index, kind] for index in group] for kind in kinds]
 
     def assign_slots(self) -> None:
         """Interval colouring: a slot is free again in the step after its last use."""
         busy: dict[tuple[int, Kind], list[int]] = defaultdict(list)
-        lives = [(min(s.first for s in run), max(s.last for s in run), run) for run in self.slot_runs()]
+        together = {id(slot) for run in self.runs for slot in run}
+        runs = self.runs + [[slot] for slot in self.slots if id(slot) not in together]
+        lives = [(min(s.first for s in run), max(s.last for s in run), run) for run in runs]
         for first, _, run in sorted(lives, key=lambda life: life[:2]):
             until = busy[run[0].rank, run[0].kind]
             base = next(b for b in range(len(until) + 1) if all(last < first for last in until[b : b + len(run)]))
@@ -297,7 +304,8 @@ class _Builder:
         chunks: dict[tuple[Kind, int, int], list[int]] = defaultdict(list)
         for kind, owner, chunk, slot in self.merges.get((step, rank), ()):
             chunks[kind, owner, slot.index].append(chunk)
-        return [Merge(kind, Block(owner, tuple(sorted(c))), slot) for (kind, owner, slot), c in chunks.items()]
+        merges = [Merge(kind, Block(owner, tuple(sorted(c))), slot) for (kind, owner, slot), c in chunks.items()]
+        return sorted(merges, key=lambda m: (m.kind.value, m.block.chunks, m.slot))
 
     def own_results(self, task: Task, rank: int) -> Iterable[tuple[Kind, Block]]:
         """The rank's own accumulators that a task adds to."""
@@ -409,4 +417,5 @@ def build_schedule(
     builder.pull(Kind.QUERY)
     for kind in builder.result_kinds:
         builder.return_results(kind)
+    builder.join_tasks()
     return Schedule(method if balanced else "ring", backward, mask, spans, builder.steps())

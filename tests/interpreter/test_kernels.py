@@ -10,7 +10,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs under TRITON_INTERPRET=1 (see test_triton_interpret.py)", allow_module_level=True)
 
-from kernel_cases import Case, cases, check, check_keep, check_merge, check_nan
+from kernel_cases import Case, cases, check, check_accumulate, check_keep, check_merge, check_nan
 
 from seqpar_attn.kernels.triton import TritonKernel
 from seqpar_attn.kernels.triton.config import Tile
@@ -48,6 +48,10 @@ def test_padded_headdim(headdim: int, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_merge(case: Case, dtype: torch.dtype) -> None:
     check_merge(POINTERS, case, dtype, "cpu")
+
+
+def test_accumulate() -> None:
+    check_accumulate(POINTERS, torch.float32, "cpu")
 
 
 def test_nan() -> None:

@@ -45,6 +45,7 @@ def _launchers() -> Any:
         launch_dq=backward.launch_dq,
         launch_delta=elementwise.launch_delta,
         launch_merge=elementwise.launch_merge,
+        launch_accumulate=elementwise.launch_accumulate,
     )
 
 
@@ -166,6 +167,13 @@ class TritonKernel:
         launchers = _launchers()
         with launchers.on_device_of(out_acc):
             launchers.launch_merge(lse, out_acc, lse_part, out_part, out)
+
+    def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
+        if target.numel() == 0 or parts.shape[0] == 0:
+            return
+        launchers = _launchers()
+        with launchers.on_device_of(target):
+            launchers.launch_accumulate(target, parts)
 
 
 def _check_scale(softmax_scale: float) -> None:

@@ -1,4 +1,4 @@
-"""The two memory-bound kernels around attention: delta = rowsum(dout * out), and the fp32 merge of partial results."""
+"""The memory-bound kernels around attention: delta = rowsum(dout * out), fp32 merges and sums of partial results."""
 
 from __future__ import annotations
 
@@ -96,6 +96,41 @@ def launch_merge(
 
     dtypes = (out_part.dtype, None if out is None else out.dtype)
     launch(merge_kernel, dtypes, (lse, out_acc, lse_part, out_part, out), (), plan)
+
+
+ELEMENTS_PER_PROGRAM = 4096
+
+
+@triton.jit(do_not_specialize=["count", "batch"])
+def accumulate_kernel(
+    target, parts, stride_tb, stride_pn, stride_pb, elements, count, batch, ELEMENTS: tl.constexpr
+):  # fmt: skip
+    """One pass over ``elements`` contiguous elements per batch index, instead of one per part."""
+    pid = tl.program_id(0)
+    index = (pid // batch).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    b = (pid % batch).to(tl.int64)
+    exists = index < elements
+    # target: [ELEMENTS]
+    pointers = target + b * stride_tb + index
+    total = tl.load(pointers, mask=exists, other=0.0)
+    source = parts + b * stride_pb + index
+    for n in range(count):
+        total += tl.load(source + tl.cast(n, tl.int64) * stride_pn, mask=exists, other=0.0)
+    tl.store(pointers, total, mask=exists)
+
+
+def launch_accumulate(target: torch.Tensor, parts: torch.Tensor) -> None:
+    def plan() -> Plan:
+        batch, seqlen, nheads, headdim = target.shape
+        dense = (nheads * headdim, headdim, 1)
+        assert target.stride()[1:] == parts.stride()[2:] == dense, f"{target.stride()}, {parts.stride()}"
+        elements = seqlen * nheads * headdim
+        numbers = (target.stride(0), *parts.stride()[:2], elements, parts.shape[0], batch)
+        programs = cdiv(elements, ELEMENTS_PER_PROGRAM) * batch
+        constants = {"ELEMENTS": ELEMENTS_PER_PROGRAM}
+        return Plan(programs, numbers, constants, Tile(1, ELEMENTS_PER_PROGRAM, 4, 1), {})
+
+    launch(accumulate_kernel, None, (target, parts), (), plan)
 
 
 def _row_plan(batch: int, seqlen: int, nheads: int, headdim: int, numbers: tuple[int, ...]) -> Plan:
