@@ -25,6 +25,29 @@ Field = tuple[torch.Tensor, int]
 """A tensor and its sequence dimension."""
 
 
+class _Cut:
+    """The same tokens of every slot of a kind.
+
+    A view costs as much host time as half a launch, so those of all slots are made by one unbind.
+    """
+
+    def __init__(self, stacks: list[torch.Tensor], fields: int):
+        self.stacks, self.fields = stacks, fields
+        self.pieces = [stack.unbind() for stack in stacks]
+
+    def slot(self, index: int) -> Sequence[torch.Tensor]:
+        if len(self.stacks) == 1:
+            return self.pieces[0][index * self.fields : (index + 1) * self.fields]
+        return [pieces[index] for pieces in self.pieces]
+
+    def several(self, index: int, count: int) -> Sequence[torch.Tensor]:
+        """The fields of ``count`` slots: ``[count, ...]`` each."""
+        if len(self.stacks) == 1:
+            first, end, fields = index * self.fields, (index + count) * self.fields, self.fields
+            return [self.stacks[0][first + field : end : fields] for field in range(fields)]
+        return [stack[index : index + count] for stack in self.stacks]
+
+
 class _Pass:
     """One pass over a schedule for the ranks of this process.
 
@@ -38,8 +61,8 @@ class _Pass:
     def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
         self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
         self.program = plan.program(backward, comm.local_ranks)
-        self._stacks: dict[tuple[int, Kind], tuple[torch.Tensor, ...]] = {}
-        self._pieces: dict[tuple[int, Kind, int, int], list[tuple[torch.Tensor, ...]]] = {}
+        self._stacks: dict[tuple[int, Kind], list[torch.Tensor]] = {}
+        self._cuts: dict[tuple[int, Kind, int, int], _Cut] = {}
         self._views: list[Sequence[torch.Tensor] | None] = [None] * len(self.program.views)
 
     def view(self, index: int) -> Sequence[torch.Tensor]:
@@ -50,30 +73,24 @@ class _Pass:
             if slot is None:
                 tensors = [x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in self.own[kind]]
             else:
-                pieces = self._cut(local, kind, start, length)
-                tensors = pieces[slot] if slots == 1 else [x.narrow(0, slot, slots) for x in pieces[-1]]
+                key = (local, kind, start, length)
+                cut = self._cuts.get(key)
+                if cut is None:
+                    cut = self._cuts[key] = _Cut(self._slots(*key), len(self.like[kind]))
+                tensors = cut.slot(slot) if slots == 1 else cut.several(slot, slots)
             self._views[index] = tensors
         return tensors
 
-    def _cut(self, local: int, kind: Kind, start: int, length: int) -> list[tuple[torch.Tensor, ...]]:
-        """The same tokens of every slot of a kind: the fields per slot, and last those of all slots in one.
+    def _slots(self, local: int, kind: Kind, start: int, length: int) -> list[torch.Tensor]:
+        """Tokens ``start ...`` of all slots of a kind; the slots are made, all together, when first asked for.
 
-        All at once, because a view costs as much host time as half a launch, and unbind makes many for one.
+        Returns one tensor ``[slots * fields, ...]`` with the fields of a slot next to each other if they are alike,
+        else one ``[slots, ...]`` per field.
         """
-        pieces = self._pieces.get((local, kind, start, length))
-        if pieces is None:
-            stacks = self._stack(local, kind)
-            if length != self.program.shard:
-                dims = [dim + 1 for _, dim in self.like[kind]]
-                stacks = tuple(x.narrow(dim, start, length) for x, dim in zip(stacks, dims))
-            pieces = self._pieces[local, kind, start, length] = [*zip(*(x.unbind() for x in stacks)), stacks]
-        return pieces
-
-    def _stack(self, local: int, kind: Kind) -> tuple[torch.Tensor, ...]:
-        """All slots of a kind, made together: per field ``[slots, *the shape of one shard]``."""
+        like = self.like[kind]
         stacks = self._stacks.get((local, kind))
         if stacks is None:
-            count, like = self.program.slots[local, kind], self.like[kind]
+            count = self.program.slots[local, kind]
             shapes = []
             for x, dim in like:
                 shape = list(x.shape)
@@ -81,14 +98,15 @@ class _Pass:
                 shapes.append(shape)
             first = like[0][0]
             if all(shape == shapes[0] and x.dtype == first.dtype for shape, (x, _) in zip(shapes, like)):
-                whole = torch.empty([count, len(like), *shapes[0]], dtype=first.dtype, device=first.device)
-                stacks = whole.unbind(1)
+                stacks = [torch.empty([count * len(like), *shapes[0]], dtype=first.dtype, device=first.device)]
             else:
-                stacks = tuple(
+                stacks = [
                     torch.empty([count, *shape], dtype=x.dtype, device=x.device) for shape, (x, _) in zip(shapes, like)
-                )
+                ]
             self._stacks[local, kind] = stacks
-        return stacks
+        if length == self.program.shard:
+            return stacks
+        return [x.narrow(dim + 1, start, length) for x, (_, dim) in zip(stacks, like)]
 
     def play(self) -> None:
         for moment in self.program.moments:
