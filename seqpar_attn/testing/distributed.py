@@ -1,4 +1,4 @@
-"""Run a function on N ranks: N gloo processes of this machine.
+"""Run a function on N ranks: N processes of this machine, over gloo, or over NCCL with one GPU each.
 
 The processes come from multiprocessing's *forkserver* with torch preloaded: four ranks start in about two seconds,
 where ``spawn`` and torchrun take ten and plain ``fork`` hangs in the child's autograd threads. Ranks meet through a
@@ -54,16 +54,23 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """``world_size`` processes that run one function after another, all on one gloo group.
+    """``world_size`` processes that run one function after another, all on one group.
+
+    ``backend`` is "gloo", or "nccl" for one GPU per process, which is then its current device.
 
     The processes start at the first :meth:`run` and again after any failure, which leaves the group in an unknown
     state. Use it as a context manager, or call :meth:`close`. ``timeout`` (seconds) bounds every run, the start of
     the processes included; what has not answered by then is killed.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, *, timeout: float = 60.0, backend: str = "gloo") -> None:
         if world_size < 1:
             raise ValueError(f"expected world_size >= 1, got {world_size}")
+        if backend not in ("gloo", "nccl"):
+            raise ValueError(f"expected backend 'gloo' or 'nccl', got {backend!r}")
+        if backend == "nccl" and torch.cuda.device_count() < world_size:
+            raise ValueError(f"expected {world_size} GPUs for {world_size} ranks, got {torch.cuda.device_count()}")
+        self.backend = backend
         self.world_size = world_size
         self.timeout = timeout
         self._processes: list[BaseProcess] = []
@@ -134,7 +141,7 @@ class RankPool:
         self._folder = Path(tempfile.mkdtemp(prefix="seqpar_attn_ranks_"))
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, str(self._folder), self.timeout, theirs, dict(os.environ))
+            arguments = (rank, self.world_size, str(self._folder), self.timeout, self.backend, theirs, dict(os.environ))
             process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
             process.start()
             theirs.close()  # so that a dead rank is an end of file here
@@ -176,7 +183,15 @@ def run_ranks_outcomes(fn: Callable[..., Any], world_size: int, *args: Any, time
         return pool.outcomes(fn, *args)
 
 
-def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connection, environ: dict[str, str]) -> None:
+def _serve(
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    backend: str,
+    pipe: Connection,
+    environ: dict[str, str],
+) -> None:
     """The life of one rank: meet the others, then answer calls until the pipe ends."""
     os.environ.clear()  # the fork server's environment is as old as the first pool
     os.environ.update(environ)
@@ -195,8 +210,10 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connec
         try:
             if not dist.is_initialized():
                 rendezvous = f"file://{folder}/rendezvous"
+                if backend == "nccl":
+                    torch.cuda.set_device(rank)
                 dist.init_process_group(
-                    "gloo", rendezvous, timedelta(seconds=timeout), rank=rank, world_size=world_size
+                    backend, rendezvous, timedelta(seconds=timeout), rank=rank, world_size=world_size
                 )
             fn, args = pickle.loads(call)
             answer = pickle.dumps((True, fn(rank, world_size, *args)))

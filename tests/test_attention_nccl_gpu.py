@@ -1,0 +1,97 @@
+"""The public functions over NCCL, one process and one GPU per rank."""
+
+import os
+import time
+
+import pytest
+import torch
+from attention_cases import METHODS, Inputs, check_error_rule, make_inputs, run, truth, unshard
+
+import seqpar_attn
+from seqpar_attn.testing.distributed import RankPool
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}")]
+ZIGZAG, DIST_FLASH = METHODS[0], METHODS[7]
+WORLD_SIZE = min(GPUS, 8)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(WORLD_SIZE, timeout=240, backend="nccl") as pool:
+        yield pool
+
+
+def on_gpu(x: Inputs) -> Inputs:
+    return Inputs(*(t.cuda() for t in (x.q, x.k, x.v, x.dout, x.dlse)), x.arguments)
+
+
+def many(rank, world_size, inputs, methods):
+    results = [run(on_gpu(x), method, world_size, rank, backend="triton") for method in methods for x in inputs]
+    return [{name: t.cpu() for name, t in result.items()} for result in results]
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed", "window"])
+def test_error_rule(pool, mask):
+    x = make_inputs(2 * WORLD_SIZE * 160, mask, dtype=torch.bfloat16, headdim=64, batch=2)
+    expected, single = truth(x), run(on_gpu(x), ZIGZAG, 1, backend="triton")
+    single = {name: t.cpu() for name, t in single.items()}
+    ranks = pool.run(many, [x], METHODS)
+    for i, method in enumerate(METHODS):
+        check_error_rule(unshard([results[i] for results in ranks], method), expected, single)
+
+
+def long_call(rank, world_size, seqlen):
+    """Transfers take long enough here to be caught out of order; loopback has the same data and no links."""
+    torch.manual_seed(0)
+    x = make_inputs(seqlen, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
+    worst = {}
+    for method in (ZIGZAG, METHODS[9], DIST_FLASH):
+        layout = seqpar_attn.get_layout(method.layout, world_size)
+        own = run(x, method, world_size, rank)
+        whole = run(x, method, world_size)
+        for name, t in own.items():
+            expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
+            worst[method.name, name] = (t.double() - expected.double()).norm().item() / expected.double().norm().item()
+    return worst
+
+
+def test_equals_virtual_ranks(pool):
+    for worst in pool.run(long_call, WORLD_SIZE * 8192):
+        assert max(worst.values()) < 1e-5, worst
+
+
+def differing(rank, world_size, seqlens):
+    q = torch.randn(1, seqlens[rank], 4, 64, device="cuda", dtype=torch.bfloat16)
+    start = time.monotonic()
+    try:
+        seqpar_attn.ring_attention(q, q, q)
+    except ValueError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_mismatch_raises_on_every_rank(pool):
+    lengths = [64] * (WORLD_SIZE - 1) + [96]
+    for message, seconds in pool.run(differing, lengths):
+        assert "expected the same q shape" in message and f"rank {WORLD_SIZE - 1}" in message
+        assert seconds < 10
+
+
+def dies(rank, world_size):
+    q = torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16)
+    seqpar_attn.ring_attention(q, q, q)
+    torch.cuda.synchronize()
+    if rank == 1:
+        os._exit(3)
+    seqpar_attn.ring_attention(q, q, q)
+    torch.cuda.synchronize()
+    return "no error"
+
+
+def test_dead_peer_ends_every_rank():
+    """torch's NCCL watchdog ends the processes of a broken group; what matters is that none waits on."""
+    with RankPool(WORLD_SIZE, timeout=20, backend="nccl") as pool:
+        outcomes = pool.outcomes(dies, timeout=120)
+    for outcome in outcomes:
+        assert outcome.error is not None and "no answer within" not in outcome.error, outcome
