@@ -35,6 +35,8 @@ class Plan:
     """Which arrays are read through the copy engine, and in tiles of which shape."""
     needs_scratch: bool = False
     compiled: Any = None
+    descriptors: tuple[tuple[int, list[int], list[int]], ...] = ()
+    """Per box: the array, and its shape and strides as the copy engine wants them."""
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -50,7 +52,7 @@ def launch(
     """Launch ``kernel`` on the current stream.
 
     ``options``, the shapes of the first two arrays, the dtype of the first, and strides and alignments of all must
-    determine the plan.
+    determine the plan, and the shapes of what is read through the copy engine.
     """
     first, second = arrays[0], arrays[1]
     assert first is not None and second is not None
@@ -71,8 +73,8 @@ def launch(
         return
     if plan.needs_scratch:
         _provide_scratch()
-    for index, box in plan.boxes.items():
-        pointers[index] = _Descriptor(arrays[index], len(box))
+    for index, shape, strides in plan.descriptors:
+        pointers[index] = _Descriptor(arrays[index], shape, strides)
     compiled = plan.compiled
     # The three None are Triton's launch hooks.
     compiled.run(
@@ -92,9 +94,9 @@ def _compile(
     if plan.needs_scratch:
         _provide_scratch()
     arguments: list[Any] = list(arrays)
-    for index, box in plan.boxes.items():
-        shape, strides = _heads_first(arguments[index], len(box))
-        arguments[index] = TensorDescriptor(arguments[index], shape, strides, box)
+    plan.descriptors = tuple((index, *_heads_first(arguments[index], len(box))) for index, box in plan.boxes.items())
+    for index, shape, strides in plan.descriptors:
+        arguments[index] = TensorDescriptor(arguments[index], shape, strides, plan.boxes[index])
     plan.compiled = kernel[(plan.programs,)](*arguments, *plan.numbers, *variables, **plan.constants, **options)
     if plan.compiled is None:  # the interpreter
         return
@@ -124,10 +126,8 @@ class _Descriptor:
 
     __slots__ = ("base", "padding", "shape", "strides")
 
-    def __init__(self, x: torch.Tensor, rank: int) -> None:
-        self.base = x
-        self.shape, self.strides = _heads_first(x, rank)
-        self.padding = "zero"
+    def __init__(self, x: torch.Tensor | None, shape: list[int], strides: list[int]) -> None:
+        self.base, self.shape, self.strides, self.padding = x, shape, strides, "zero"
 
 
 def fits_tma(*tensors: torch.Tensor) -> bool:
