@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import common  # noqa: F401  (first: finds the checkout)
 import torch
@@ -86,7 +88,6 @@ class Times:
 
     total: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
 
 
 class Share:
@@ -116,39 +117,58 @@ class Share:
             for name, schedule in (("forward", self.plan.forward), ("backward", self.plan.backward))
         }
 
-    def run(self, pool: torch.Tensor, keep: bool) -> None:
-        """One forward and one backward, timed into ``times`` if ``keep``. Inputs are cut out of ``pool``."""
+    def _passes(self, pool: torch.Tensor) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+        """The forward, and the backward of its result, on inputs cut out of ``pool``."""
         offset, tensors = 0, []
         for shape in self.shapes:
             size = torch.Size(shape).numel()
             tensors.append(pool[offset : offset + size].view(shape))
             offset += size
         q, k, v, dout = tensors
-        out, lse = self._timed(
-            "forward", keep, lambda: forward_pass(q, k, v, self.plan, self.comm, self.kernel, self.call)
+        rest = (self.plan, self.comm, self.kernel, self.call)
+        return (
+            lambda: forward_pass(q, k, v, *rest),
+            lambda result: backward_pass(dout, None, q, k, v, *result, *rest),
         )
-        self._timed(
-            "backward",
-            keep,
-            lambda: backward_pass(dout, None, q, k, v, out, lse, self.plan, self.comm, self.kernel, self.call),
-        )
+
+    def run(self, pool: torch.Tensor, keep: bool) -> None:
+        """One forward and one backward, timed into ``times`` if ``keep``."""
+        forward, backward = self._passes(pool)
+        result = self._timed("forward", keep, forward)
+        self._timed("backward", keep, lambda: backward(result))
+
+    def host(self, pool: torch.Tensor, passes: int) -> dict[str, float]:
+        """Host milliseconds of a forward and of a backward, medians of passes that follow each other, as in a model:
+        nothing waits for the device in between. The stand-in for transfers does not count."""
+        forward, backward = self._passes(pool)
+        times: dict[str, list[float]] = {"forward": [], "backward": []}
+
+        def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            self.comm.begins, self.comm.host_seconds = [], 0.0
+            before = time.perf_counter()
+            result = function(*arguments)
+            times[name].append((time.perf_counter() - before - self.comm.host_seconds) * 1e3)
+            return result
+
+        torch.cuda.synchronize()
+        for _ in range(passes):
+            timed("backward", backward, timed("forward", forward))
+        torch.cuda.synchronize()
+        return {name: statistics.median(values) for name, values in times.items()}
 
     def _timed(self, direction: str, keep: bool, function):
         """The device is kept busy for a while first: in a model the host runs ahead of it."""
-        self.comm.begins, self.comm.host_seconds = [], 0.0
+        self.comm.begins = []
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
-        before = time.perf_counter()
         result = function()
-        host = (time.perf_counter() - before - self.comm.host_seconds) * 1e3
         end.record()
         end.synchronize()
         if keep:
             times = self.times[direction]
             times.total.append(start.elapsed_time(end))
-            times.host.append(host)
             times.steps.append(self._steps(direction, start, end))
         return result
 

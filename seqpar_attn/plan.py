@@ -13,8 +13,8 @@ from .program import Program
 from .schedule import Block, Schedule, Task, build_schedule
 
 KEYS_PER_STEP = 16384
-"""Tokens of keys that a step of a ring gathers where shards are shorter: over 4096 keys an accumulator's way to memory
-and back is a tenth of a step, and Python's time counts. Over more than this, buffers would only grow."""
+"""Tokens of keys that a ring step gathers where shards are shorter: the fewer keys a launch attends, the more its
+accumulator's way to memory and back costs, and Python's time. Over more than this, buffers would only grow."""
 
 
 def owners_per_step(shard: int) -> int:

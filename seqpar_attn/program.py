@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .schedule import Block, Kind, Merge, Result, Schedule, Task, Transfer
+from .schedule import Block, Kind, Merge, Result, Schedule, Task, Transfer, consecutive
 
 
 class View(NamedTuple):
@@ -66,25 +66,11 @@ class Moment(NamedTuple):
     moves: bool
 
 
-def _alike(merges: Sequence[Merge]) -> list[list[Merge]]:
-    """Merges of the same block from consecutive slots, which are one sum; partial outputs stay apart."""
-    found: list[list[Merge]] = []
-    for merge in merges:
-        last = found[-1][-1] if found else None
-        if (
-            last
-            and merge.kind is not Kind.OUT
-            and (merge.kind, merge.block, merge.slot)
-            == (
-                last.kind,
-                last.block,
-                last.slot + 1,
-            )
-        ):
-            found[-1].append(merge)
-        else:
-            found.append([merge])
-    return found
+def _same_sum(merge: Merge, following: Merge) -> bool:
+    """Whether two merges add to the same block from consecutive slots; partial outputs are merged one by one."""
+    if merge.kind is Kind.OUT or (merge.kind, merge.block) != (following.kind, following.block):
+        return False
+    return following.slot == merge.slot + 1
 
 
 class Program:
@@ -103,7 +89,7 @@ class Program:
                 tuple(tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side)) for i, rank in ranks)
                 for side in ("sends", "receives")
             )
-            adds = [self._add(i, merges) for i, rank in ranks for merges in _alike(row[rank].merges)]
+            adds = [self._add(i, merges) for i, rank in ranks for merges in consecutive(row[rank].merges, _same_sum)]
             computes = [self._compute(i, tasks) for i, rank in ranks for tasks in schedule.launches(step, rank)]
             moves = any(sends) or any(receives)
             self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
@@ -126,7 +112,7 @@ class Program:
             self.views.append(view)
         return self._index[view]
 
-    def _add(self, local: int, merges: list[Merge]) -> Add:
+    def _add(self, local: int, merges: Sequence[Merge]) -> Add:
         first = merges[0]
         own = self._view(local, first.kind, first.block, None)
         part = self._view(local, first.kind, first.block, first.slot, len(merges))
@@ -146,7 +132,7 @@ class Program:
             if chunk not in result.carried
         )
 
-    def _compute(self, local: int, tasks: tuple[Task, ...]) -> Compute:
+    def _compute(self, local: int, tasks: Sequence[Task]) -> Compute:
         first, last, count = tasks[0], tasks[-1], len(tasks)
         query_kind, result = self._query_result, first.query_result
         backward = self.schedule.backward

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..mask import Mask, MaskKind, Span, pairs_up_to
-from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, joinable
+from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, consecutive, joinable
 
 Placement = list[list[list[tuple[Block, Block]]]]
 """``[step][rank]`` -> (query block, key block) pairs."""
@@ -258,18 +258,13 @@ class _Builder:
     def join_tasks(self) -> None:
         """The keys (and their gradients) of tasks that may share a launch go into consecutive slots."""
         per_rank = len(self.blocks.span) // self.world_size
-        kinds = [kind for kind in (Kind.KV, *self.result_kinds[1:])]
         for step, row in enumerate(self.tasks):
             for rank, cell in enumerate(row):
-                groups: list[list[int]] = []
-                for index, task in enumerate(cell):
-                    if index and task.query.owner == rank and joinable(cell[index - 1], task, per_rank):
-                        groups[-1].append(index)
-                    else:
-                        groups.append([index])
-                for group in groups:
-                    if len(group) > 1:
-                        self.runs += [[self.slot_of[step, rank, index, kind] for index in group] for kind in kinds]
+                own = [(index, task) for index, task in enumerate(cell) if task.query.owner == rank]
+                for run in consecutive(own, lambda a, b: joinable(a[1], b[1], per_rank)):
+                    if len(run) > 1:
+                        for kind in (Kind.KV, *self.result_kinds[1:]):
+                            self.runs.append([self.slot_of[step, rank, index, kind] for index, _ in run])
 
     def assign_slots(self) -> None:
         """Interval colouring: a slot is free again in the step after its last use."""

@@ -12,7 +12,9 @@ A *slot* is a buffer of the size of one shard; the chunks in it lie where they l
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..mask import Mask, MaskKind, Span
 
@@ -134,15 +136,10 @@ class Schedule:
         """Where the block begins in its owner's shard, in tokens."""
         return sum(span.length for span in self.spans[block.owner][: block.chunks[0] % self.chunks_per_rank])
 
-    def launches(self, step: int, rank: int) -> list[tuple[Task, ...]]:
+    def launches(self, step: int, rank: int) -> list[list[Task]]:
         """The tasks of a step, joined where one kernel launch can do several: their keys lie in consecutive slots."""
-        found: list[tuple[Task, ...]] = []
-        for task in self.steps[step][rank].tasks:
-            if found and joinable(found[-1][-1], task, self.chunks_per_rank) and _slots_follow(found[-1][-1], task):
-                found[-1] += (task,)
-            else:
-                found.append((task,))
-        return found
+        tasks = self.steps[step][rank].tasks
+        return consecutive(tasks, lambda a, b: joinable(a, b, self.chunks_per_rank) and _slots_follow(a, b))
 
     def slots(self, kind: Kind, rank: int | None = None) -> int:
         """Buffers of ``kind`` that a rank needs (the most of any rank by default)."""
@@ -160,6 +157,20 @@ class Schedule:
         return max(used) + 1
 
 
+T = TypeVar("T")
+
+
+def consecutive(items: Iterable[T], follows: Callable[[T, T], bool]) -> list[list[T]]:
+    """``items`` in runs: an item that follows the one before it is in the same run."""
+    runs: list[list[T]] = []
+    for item in items:
+        if runs and follows(runs[-1][-1], item):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
 def joinable(task: Task, following: Task, chunks_per_rank: int) -> bool:
     """Whether two tasks of a rank differ only in whose keys they attend, all of them seen by all queries."""
     first, second = ([c - block.owner * chunks_per_rank for c in block.chunks] for block in (task.key, following.key))
@@ -172,14 +183,13 @@ def joinable(task: Task, following: Task, chunks_per_rank: int) -> bool:
 
 
 def _slots_follow(task: Task, following: Task) -> bool:
-    if task.key_slot is None or following.key_slot is None or task.query_slot != following.query_slot:
+    """Whether the keys, and any gradients of them, of two tasks on own queries lie in consecutive slots."""
+    if task.query_slot is not None or following.query_slot is not None:
         return False
-    results = task.key_result.slot, following.key_result.slot
-    return (
-        following.key_slot == task.key_slot + 1
-        and task.query_result.slot is following.query_result.slot is None
-        and (results == (None, None) or (None not in results and results[1] == results[0] + 1))  # type: ignore[operator]
-    )
+    keys = task.key_slot, following.key_slot
+    gradients = task.key_result.slot, following.key_result.slot
+    pairs = [keys] if gradients == (None, None) else [keys, gradients]
+    return all(a is not None and b == a + 1 for a, b in pairs)
 
 
 class ScheduleError(AssertionError):

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..base import BlockMask
 from .common import (
     CAUSAL,
+    CHANGING,
     FULL,
     INTERVAL,
     KIND_NUMBER,
@@ -59,7 +60,7 @@ def _add_tile(
     """target [ROWS, DIM] = value, or += value with ``carry``.
 
     ``carry`` is no constant: so one kernel serves both, and without the load ptxas makes the tensor cores of dkdv's
-    loop wait for each product (a fifth slower). It predicates the load: a branch would spill, and undo specialisation.
+    loop wait for each product (a sixth slower). It predicates the load: a branch would spill, and undo specialisation.
     """
     pointers = row_pointer(target, batch, head, row, stride_b, stride_s, stride_h)
     pointers += tile_offsets(stride_s, ROWS, DIM)
@@ -145,19 +146,7 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "seqlen_q",
-        "seqlen_k",
-        "parts",
-        "carry",
-        "offset",
-        "heads_total",
-        "heads_at_once",
-        "nheads",
-        "group",
-    ]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, query_lo, query_hi,
     stride_qb, stride_qs, stride_qh,
@@ -259,19 +248,7 @@ def _over_keys(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "seqlen_q",
-        "seqlen_k",
-        "parts",
-        "carry",
-        "offset",
-        "heads_total",
-        "heads_at_once",
-        "nheads",
-        "group",
-    ]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, key_lo, key_hi,
     stride_qb, stride_qs, stride_qh,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..base import BlockMask
 from .common import (
+    CHANGING,
     FULL,
     KIND_NUMBER,
     LN2,
@@ -75,9 +76,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit(
-    do_not_specialize=["seqlen_q", "seqlen_k", "parts", "offset", "heads_total", "heads_at_once", "nheads", "group"]
-)
+@triton.jit(do_not_specialize=CHANGING)
 def forward_kernel(
     q, k, v, lse, out_acc, out, key_lo, key_hi,
     stride_qb, stride_qs, stride_qh,
