@@ -47,12 +47,13 @@ def clocks() -> dict[str, str] | None:
 
 def machine(commit: str | None = None) -> dict[str, Any]:
     """The header of every result: a number without it cannot be compared with anything."""
-    commit = commit or os.environ.get("SEQPAR_ATTN_COMMIT") or _output("git", "rev-parse", "HEAD")
+    told = commit or os.environ.get("SEQPAR_ATTN_COMMIT")  # where the checkout's git does not know
+    commit = told or _output("git", "rev-parse", "HEAD")
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
-        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": not told and bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none").split()[0],
         "clocks": clocks() if cuda else None,
