@@ -6,23 +6,31 @@ can save its results and skip its kernels and its communication in recomputation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from . import kernels
 from .comm import Communicator, Message, communicator
-from .kernels.base import Kernel, accumulator_dtype
+from .kernels.base import BlockMask, Kernel, accumulator_dtype
+from .kernels.tape import Tape, on_device_of, recording
 from .layout import get_layout
 from .mask import Mask
 from .plan import Plan, make_plan
-from .program import Add, Compute
+from .program import Add, Compute, Program
 from .schedule import Kind
 from .validation import Call, check_call, check_tensors
 
 Field = tuple[torch.Tensor, int]
 """A tensor and its sequence dimension."""
+
+
+_new_message = functools.partial(tuple.__new__, Message)
+"""``Message``, without a Python function in between: there are dozens in a pass."""
 
 
 class _Cut:
@@ -48,6 +56,32 @@ class _Cut:
         return [stack[index : index + count] for stack in self.stacks]
 
 
+_TAPES_PER_PROGRAM = 64
+_tapes: weakref.WeakKeyDictionary[Program, dict[Hashable, Tape]] = weakref.WeakKeyDictionary()
+
+
+def _tape_of(program: Program, kernel: Kernel, call: Call, given: Sequence[torch.Tensor]) -> Tape | None:
+    """The tape of such a pass, new or recorded; None if the backend takes no part."""
+    if not kernel.recordable:
+        return None
+    together = 0
+    for x in given:
+        together |= x.data_ptr()
+    key: tuple[Hashable, ...] = (
+        kernel.name, given[0].device, given[0].dtype, call.softmax_scale, call.softcap, call.deterministic,
+        *[(x.shape, x.stride()) for x in given],
+    )  # fmt: skip
+    if together % 16:  # mostly all are aligned, and then there is nothing to add
+        key += tuple([x.data_ptr() % 16 for x in given])
+    tapes = _tapes.setdefault(program, {})
+    tape = tapes.get(key)
+    if tape is None or not tape.complete:  # incomplete: another thread is at it, or something went wrong
+        if len(tapes) >= _TAPES_PER_PROGRAM:
+            tapes.clear()
+        tape = tapes[key] = Tape()
+    return tape
+
+
 class _Pass:
     """One pass over a schedule for the ranks of this process.
 
@@ -57,6 +91,8 @@ class _Pass:
 
     own: dict[Kind, tuple[Field, ...]]
     like: dict[Kind, tuple[Field, ...]]
+    given: tuple[torch.Tensor, ...]
+    """Whose shapes and strides determine those of all others."""
 
     def __init__(self, plan: Plan, backward: bool, comm: Communicator, kernel: Kernel, call: Call):
         self.plan, self.comm, self.kernel, self.call = plan, comm, kernel, call
@@ -64,6 +100,9 @@ class _Pass:
         self._stacks: dict[tuple[int, Kind], list[torch.Tensor]] = {}
         self._cuts: dict[tuple[int, Kind, int, int], _Cut] = {}
         self._views: list[Sequence[torch.Tensor] | None] = [None] * len(self.program.views)
+        self._tape: Tape | None = None
+        self._bases: dict[int, int] = {}
+        """While a tape records: number of each base."""
 
     def view(self, index: int) -> Sequence[torch.Tensor]:
         """The tensors of a view, made at its first use; of several slots, with their number as first dimension."""
@@ -79,17 +118,26 @@ class _Pass:
                     cut = self._cuts[key] = _Cut(self._slots(*key), len(self.like[kind]))
                 tensors = cut.slot(slot) if slots == 1 else cut.several(slot, slots)
             self._views[index] = tensors
+            if self._bases:
+                self._locate(tensors, [x for x, _ in self.own[kind]] if slot is None else self._stack(local, kind))
         return tensors
 
-    def _slots(self, local: int, kind: Kind, start: int, length: int) -> list[torch.Tensor]:
-        """Tokens ``start ...`` of all slots of a kind; the slots are made, all together, when first asked for.
+    def _locate(self, tensors: Sequence[torch.Tensor], starts: Sequence[torch.Tensor]) -> None:
+        """Tell the tape that records of which bases these are pieces; several may be of the same."""
+        assert self._tape is not None
+        for field, x in enumerate(tensors):
+            start = starts[min(field, len(starts) - 1)]
+            self._tape.locate(x, self._bases[id(start)], start)
 
-        Returns one tensor ``[slots * fields, ...]`` with the fields of a slot next to each other if they are alike,
-        else one ``[slots, ...]`` per field.
+    def _stack(self, local: int, kind: Kind) -> list[torch.Tensor]:
+        """The slots of a kind, all together, made when first asked for.
+
+        One tensor ``[slots * fields, ...]`` with the fields of a slot next to each other if they are alike, else one
+        ``[slots, ...]`` per field.
         """
-        like = self.like[kind]
         stacks = self._stacks.get((local, kind))
         if stacks is None:
+            like = self.like[kind]
             count = self.program.slots[local, kind]
             shapes = []
             for x, dim in like:
@@ -104,25 +152,82 @@ class _Pass:
                     torch.empty([count, *shape], dtype=x.dtype, device=x.device) for shape, (x, _) in zip(shapes, like)
                 ]
             self._stacks[local, kind] = stacks
+        return stacks
+
+    def _slots(self, local: int, kind: Kind, start: int, length: int) -> list[torch.Tensor]:
+        """Tokens ``start ...`` of all slots of a kind."""
+        stacks = self._stack(local, kind)
         if length == self.program.shard:
             return stacks
-        return [x.narrow(dim + 1, start, length) for x, (_, dim) in zip(stacks, like)]
+        return [x.narrow(dim + 1, start, length) for x, (_, dim) in zip(stacks, self.like[kind])]
+
+    def _all_bases(self) -> list[torch.Tensor]:
+        """What the launches' addresses are relative to, in an order that only the program determines."""
+        bases = [x for fields in self.own.values() for x, _ in fields]
+        for local, kind in self.program.slots:
+            bases += self._stack(local, kind)
+        return bases
 
     def play(self) -> None:
+        first = next(iter(self.own.values()))[0][0]
+        with on_device_of(first):
+            tape = self._tape = _tape_of(self.program, self.kernel, self.call, self.given)
+            if tape is None:
+                self._play(self.add, self.compute)
+                return
+            bases = self._all_bases()
+            if tape.complete:
+                calls = itertools.count()
+                addresses = [x.data_ptr() for x in bases]
+                addresses.append(0)  # for what stays where it is
+
+                def replay(what: Add | Compute) -> None:
+                    tape.replay(next(calls), addresses)
+
+                self._play(replay, replay)
+                return
+            self._bases = {id(x): number for number, x in enumerate(bases)}
+
+            def recorded(function: Callable[[Any], None]) -> Callable[[Any], None]:
+                def call(what: Any) -> None:
+                    with tape.recording_call():
+                        function(what)
+
+                return call
+
+            self._play(recorded(self.add), recorded(self.compute))
+            tape.finish()
+
+    def _messages(self, row: Sequence[tuple[int, int]]) -> list[Message]:
+        views, view_of = self._views, self.view
+        return [_new_message((peer, x)) for peer, view in row for x in views[view] or view_of(view)]
+
+    def _play(self, add: Callable[[Add], None], compute: Callable[[Compute], None]) -> None:
         for moment in self.program.moments:
             handle = None
             if moment.moves:
-                sends = [[Message(peer, x) for peer, view in row for x in self.view(view)] for row in moment.sends]
-                receives = [
-                    [Message(peer, x) for peer, view in row for x in self.view(view)] for row in moment.receives
-                ]
+                sends = [self._messages(row) for row in moment.sends]
+                receives = [self._messages(row) for row in moment.receives]
                 handle = self.comm.exchange(sends, receives)
-            for add in moment.adds:
-                self.add(add)
-            for compute in moment.computes:
-                self.compute(compute)
+            for merge in moment.adds:
+                add(merge)
+            for launch in moment.computes:
+                for fresh in (*launch.query_fresh, *launch.key_fresh):
+                    self.blank(fresh)
+                compute(launch)
             if handle is not None:
                 handle.wait()
+
+    def mask(self, compute: Compute, device: torch.device) -> BlockMask:
+        mask = self.plan.block_mask(compute.task, device)
+        tape = recording()
+        if tape is not None:
+            tape.hold(mask.key_lo, mask.key_hi, mask.query_lo, mask.query_hi)
+        return mask
+
+    def blank(self, view: int) -> None:
+        """Make a new accumulator one that can be carried."""
+        raise NotImplementedError
 
     def add(self, add: Add) -> None:
         raise NotImplementedError
@@ -134,6 +239,7 @@ class _Pass:
 class _Forward(_Pass):
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any):
         super().__init__(*args)
+        self.given = (q, k, v)
         dtype = accumulator_dtype(q.dtype)
         batch, seqlen, nheads, _ = q.shape
         self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -147,16 +253,17 @@ class _Forward(_Pass):
         }
         self.like = self.own | {Kind.OUT: self.own[Kind.OUT][:2]}
 
+    def blank(self, view: int) -> None:
+        out_acc, lse, *_ = self.view(view)
+        out_acc.zero_()
+        lse.fill_(float("-inf"))
+
     def add(self, add: Add) -> None:
         out_acc, lse, out = self.view(add.own)
         part, lse_part = self.view(add.part)
         self.kernel.merge(lse, out_acc, lse_part, part, out if add.finish else None)
 
     def compute(self, compute: Compute) -> None:
-        for fresh in compute.query_fresh:
-            new = self.view(fresh)
-            new[0].zero_()
-            new[1].fill_(float("-inf"))
         (q,) = self.view(compute.query)
         k, v = self.view(compute.key)
         result = self.view(compute.query_result)
@@ -168,7 +275,7 @@ class _Forward(_Pass):
             result[1],
             result[0] if compute.keep or carry else None,
             result[2] if compute.finish else None,
-            self.plan.block_mask(compute.task, q.device),
+            self.mask(compute, q.device),
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
             carry=carry,
@@ -188,6 +295,7 @@ class _Backward(_Pass):
         *args: Any,
     ):
         super().__init__(*args)
+        self.given = (q, k, v, dout, lse, delta)
         dtype = accumulator_dtype(q.dtype)
         self.gradients = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)]
         dq, dk, dv = self.gradients
@@ -198,14 +306,15 @@ class _Backward(_Pass):
             Kind.DKV: ((dk, 1), (dv, 1)),
         }
 
+    def blank(self, view: int) -> None:
+        for x in self.view(view):
+            x.zero_()
+
     def add(self, add: Add) -> None:
         for x, part in zip(self.view(add.own), self.view(add.part)):
-            self.kernel.accumulate(x, part if part.ndim == 5 else part.unsqueeze(0))
+            self.kernel.accumulate(x, part)
 
     def compute(self, compute: Compute) -> None:
-        for fresh in (*compute.query_fresh, *compute.key_fresh):
-            for x in self.view(fresh):
-                x.zero_()
         q, dout, lse, delta = self.view(compute.query)
         k, v = self.view(compute.key)
         (dq,) = self.view(compute.query_result)
@@ -220,7 +329,7 @@ class _Backward(_Pass):
             dq,
             dk,
             dv,
-            self.plan.block_mask(compute.task, q.device),
+            self.mask(compute, q.device),
             softmax_scale=self.call.softmax_scale,
             softcap=self.call.softcap,
             carry_dq=compute.carry_query,

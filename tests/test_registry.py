@@ -22,6 +22,7 @@ class FakeKernel:
     """Available, and refuses what it is told to."""
 
     nondeterministic: str | None = None
+    recordable = False
 
     def __init__(self, name: str, missing: str | None = None, refuses: str | None = None) -> None:
         self.name, self._missing, self._refuses = name, missing, refuses

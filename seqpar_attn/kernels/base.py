@@ -72,6 +72,8 @@ class Kernel(Protocol):
     name: str
     nondeterministic: str | None
     """Why gradients may differ in their last bits from run to run although asked not to, or None."""
+    recordable: bool
+    """Whether all that ``forward, backward, merge, accumulate`` do are launches that a tape can be told of."""
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all (a missing package, no GPU), or None."""
@@ -150,7 +152,7 @@ class Kernel(Protocol):
         ...
 
     def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
-        """Add ``parts: [count, *target.shape]`` to ``target``, gradients in the accumulator dtype.
+        """Add ``parts: [count, *target.shape]`` (or one of ``target.shape``) to ``target``; accumulator dtype.
 
         Both are slices along the sequence of contiguous ``[..., b, s, h, d]``.
         """
@@ -163,7 +165,7 @@ def delta_reference(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 
 def accumulate_reference(target: torch.Tensor, parts: torch.Tensor) -> None:
-    for part in parts:
+    for part in parts if parts.ndim > target.ndim else (parts,):
         target.add_(part)
 
 

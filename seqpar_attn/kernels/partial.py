@@ -61,6 +61,7 @@ class PartialKernel:
     native_gqa = False
     """Whether the kernel reads grouped heads itself; otherwise keys and values are repeated in memory first."""
     nondeterministic: str | None = None
+    recordable = False
     """Why a backward with ``deterministic=True`` is impossible, or None. The registry asks for it if it is there."""
 
     def _attend(

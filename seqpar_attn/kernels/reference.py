@@ -56,6 +56,7 @@ class ReferenceKernel:
 
     name = "reference"
     nondeterministic: str | None = None
+    recordable = False
 
     def unavailable(self) -> str | None:
         return None

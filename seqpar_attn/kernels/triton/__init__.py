@@ -15,6 +15,7 @@ import torch
 
 from ...mask import MaskKind
 from ..base import BlockMask, accumulator_dtype
+from ..tape import on_device_of
 from .config import Chooser, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,10 +37,9 @@ def _arch(device: torch.device) -> int:
 @functools.cache
 def _launchers() -> Any:
     """What needs Triton, imported once and late; an import statement costs host time at every launch."""
-    from . import backward, elementwise, forward, plans
+    from . import backward, elementwise, forward
 
     return SimpleNamespace(
-        on_device_of=plans.on_device_of,
         launch_forward=forward.launch_forward,
         launch_dkdv=backward.launch_dkdv,
         launch_dq=backward.launch_dq,
@@ -54,6 +54,10 @@ class TritonKernel:
 
     name = "triton"
     nondeterministic: str | None = None
+
+    @property
+    def recordable(self) -> bool:
+        return not interpreted()
 
     def __init__(self, choose_tile: Chooser = choose) -> None:
         self._choose = choose_tile
@@ -106,7 +110,7 @@ class TritonKernel:
             return
         tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
         launchers = _launchers()
-        with launchers.on_device_of(q):
+        with on_device_of(q):
             launchers.launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
 
     def backward(
@@ -138,7 +142,7 @@ class TritonKernel:
             return
         launchers = _launchers()
         where = (_arch(q.device), q.element_size(), q.shape[3], mask.kind)
-        with launchers.on_device_of(q):
+        with on_device_of(q):
             tile = self._choose("dkdv", *where)
             launchers.launch_dkdv(tile, q, k, v, dout, lse, delta, dk, dv, mask, softmax_scale, softcap, carry_dkv)
             tile = self._choose("dq", *where)
@@ -150,7 +154,7 @@ class TritonKernel:
         if out.numel() == 0:
             return delta
         launchers = _launchers()
-        with launchers.on_device_of(out):
+        with on_device_of(out):
             launchers.launch_delta(out, dout, delta)
         return delta
 
@@ -165,14 +169,14 @@ class TritonKernel:
         if out_acc.numel() == 0:
             return
         launchers = _launchers()
-        with launchers.on_device_of(out_acc):
+        with on_device_of(out_acc):
             launchers.launch_merge(lse, out_acc, lse_part, out_part, out)
 
     def accumulate(self, target: torch.Tensor, parts: torch.Tensor) -> None:
-        if target.numel() == 0 or parts.shape[0] == 0:
+        if target.numel() == 0 or parts.numel() == 0:
             return
         launchers = _launchers()
-        with launchers.on_device_of(target):
+        with on_device_of(target):
             launchers.launch_accumulate(target, parts)
 
 

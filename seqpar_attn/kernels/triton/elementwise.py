@@ -123,9 +123,10 @@ def launch_accumulate(target: torch.Tensor, parts: torch.Tensor) -> None:
     def plan() -> Plan:
         batch, seqlen, nheads, headdim = target.shape
         dense = (nheads * headdim, headdim, 1)
-        assert target.stride()[1:] == parts.stride()[2:] == dense, f"{target.stride()}, {parts.stride()}"
+        assert target.stride()[1:] == parts.stride()[-3:] == dense, f"{target.stride()}, {parts.stride()}"
         elements = seqlen * nheads * headdim
-        numbers = (target.stride(0), *parts.stride()[:2], elements, parts.shape[0], batch)
+        count, stride_n = (parts.shape[0], parts.stride(0)) if parts.ndim > target.ndim else (1, 0)
+        numbers = (target.stride(0), stride_n, parts.stride(-4), elements, count, batch)
         programs = cdiv(elements, ELEMENTS_PER_PROGRAM) * batch
         constants = {"ELEMENTS": ELEMENTS_PER_PROGRAM}
         return Plan(programs, numbers, constants, Tile(1, ELEMENTS_PER_PROGRAM, 4, 1), {})

@@ -6,7 +6,6 @@ calls the same few geometries over and over, so a call here is one dictionary lo
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import triton
 from triton.runtime import _allocation, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tape import Place, recording
 from .config import Tile
 
 _MOST_PLANS = 4096
@@ -70,17 +70,37 @@ def launch(
     plan = _plans.get(key)
     if plan is None:
         _compile(kernel, key, arrays, variables, make_plan())
-        return
+    else:
+        _run(plan, device, pointers, variables)
+    tape = recording()
+    if tape is not None:
+        tape.append(_Replay(_plans[key], device, [tape.place(x) for x in arrays], variables))
+
+
+def _run(plan: Plan, device: int, pointers: list[Any], variables: tuple[float, ...]) -> None:
     if plan.needs_scratch:
         _provide_scratch()
     for index, shape, strides in plan.descriptors:
-        pointers[index] = _Descriptor(arrays[index], shape, strides)
+        pointers[index] = _Descriptor(pointers[index], shape, strides)
     compiled = plan.compiled
     # The three None are Triton's launch hooks.
     compiled.run(
         plan.programs, 1, 1, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
         None, None, None, *pointers, *plan.numbers, *variables, *plan.constants.values(),
     )  # fmt: skip
+
+
+class _Replay:
+    """A launch as a tape keeps it."""
+
+    __slots__ = ("device", "places", "plan", "variables")
+
+    def __init__(self, plan: Plan, device: int, places: list[Place], variables: tuple[float, ...]) -> None:
+        self.plan, self.device, self.places, self.variables = plan, device, places, variables
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        pointers = [addresses[base] + offset for base, offset in self.places]
+        _run(self.plan, self.device, pointers, self.variables)
 
 
 def _compile(
@@ -124,10 +144,17 @@ def _heads_first(x: torch.Tensor, rank: int) -> tuple[list[int], list[int]]:
 class _Descriptor:
     """What Triton's launcher reads of a ``TensorDescriptor``, without validating it again."""
 
-    __slots__ = ("base", "padding", "shape", "strides")
+    __slots__ = ("address", "padding", "shape", "strides")
 
-    def __init__(self, x: torch.Tensor | None, shape: list[int], strides: list[int]) -> None:
-        self.base, self.shape, self.strides, self.padding = x, shape, strides, "zero"
+    def __init__(self, address: int, shape: list[int], strides: list[int]) -> None:
+        self.address, self.shape, self.strides, self.padding = address, shape, strides, "zero"
+
+    @property
+    def base(self) -> _Descriptor:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def fits_tma(*tensors: torch.Tensor) -> bool:
@@ -160,10 +187,3 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     if buffer is None or buffer.numel() < size:
         buffer = _scratch_buffers[key] = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda")
     return buffer
-
-
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make that the tensor's without paying for it when it already is."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
