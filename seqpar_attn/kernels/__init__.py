@@ -40,6 +40,7 @@ class _Backend(NamedTuple):
 # In the order in which "auto" prefers them. A new backend is one line here.
 _BACKENDS = {
     "triton": _Backend(".triton", "TritonKernel", ("cuda",)),
+    "cuda": _Backend(".cuda", "CudaKernel", ()),
     "aten": _Backend(".aten", "AtenKernel", ("cuda",)),
     "reference": _Backend(".reference", "ReferenceKernel", ("cpu",)),
     "cudnn": _Backend(".aten", "CudnnKernel", ()),

@@ -164,6 +164,21 @@ def delta_reference(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     return (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2).contiguous()
 
 
+def forward_without_keys(
+    lse: torch.Tensor, out_acc: torch.Tensor | None, out: torch.Tensor | None, carry: bool
+) -> None:
+    """What ``Kernel.forward`` does where the block has no keys."""
+    if carry:
+        assert out_acc is not None, "carry reads out_acc"
+        if out is not None:
+            out.copy_(out_acc)
+        return
+    lse.fill_(float("-inf"))
+    for target in (out_acc, out):
+        if target is not None:
+            target.zero_()
+
+
 def accumulate_reference(target: torch.Tensor, parts: torch.Tensor) -> None:
     for part in parts if parts.ndim > target.ndim else (parts,):
         target.add_(part)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, accumulator_dtype
+from ..base import BlockMask, accumulator_dtype, forward_without_keys
 from ..tape import on_device_of
 from .config import Chooser, choose
 
@@ -106,7 +106,7 @@ class TritonKernel:
         if q.numel() == 0:
             return
         if k.numel() == 0:
-            _forward_without_keys(lse, out_acc, out, carry)
+            forward_without_keys(lse, out_acc, out, carry)
             return
         tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
         launchers = _launchers()
@@ -184,17 +184,3 @@ def _check_scale(softmax_scale: float) -> None:
     # The running maximum is taken before scaling, which a scale of other sign would turn into a minimum.
     if not softmax_scale > 0:
         raise ValueError(f"expected softmax_scale > 0, got {softmax_scale}")
-
-
-def _forward_without_keys(
-    lse: torch.Tensor, out_acc: torch.Tensor | None, out: torch.Tensor | None, carry: bool
-) -> None:
-    if carry:
-        assert out_acc is not None, "carry reads out_acc"
-        if out is not None:
-            out.copy_(out_acc)
-        return
-    lse.fill_(float("-inf"))
-    for target in (out_acc, out):
-        if target is not None:
-            target.zero_()

@@ -1,0 +1,66 @@
+"""Writes wgmma_shapes.cuh: one function per shape (m64nNk16, 16-bit inputs, fp32 accumulators) and kind of operand."""
+
+from pathlib import Path
+
+KINDS = {
+    # name: (A in registers, A is MN-major, B is MN-major, columns N)
+    "wgmma_ss": (False, False, False, (64, 80, 96, 112, 128)),
+    "wgmma_st": (False, True, False, (64, 80)),
+    "wgmma_tt": (False, True, True, (64, 128)),
+    "wgmma_rs": (True, False, True, (64, 128, 256)),
+}
+HEADER = """\
+// Written by generate_wgmma.py; do not edit. m64nNk16, D = A B + D, or D = A B for the functions called *_first, which do
+// not read D: ptxas then knows that the registers need no value. Last letters: where A comes from (s: shared memory,
+// K-major; t: shared memory, MN-major; r: registers), and how B lies in shared memory (s: K-major; t: MN-major). For
+// wgmma_st, A is MN-major and B K-major; for wgmma_rs, B is MN-major.
+#pragma once
+#include <stdint.h>
+
+#include "device.cuh"
+
+namespace seqpar {
+"""
+
+
+def function(name: str, columns: int, first: bool) -> str:
+    in_registers, a_transposed, b_transposed, _ = KINDS[name]
+    registers = columns // 2
+    d = ", ".join(f"%{i}" for i in range(registers))
+    if in_registers:
+        parameters = "uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b"
+        inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)'
+        a = "{" + ", ".join(f"%{registers + i}" for i in range(4)) + "}"
+        b, flags = registers + 4, f"1, 1, {int(b_transposed)}"
+    else:
+        parameters, inputs = "uint64_t a, uint64_t b", '"l"(a), "l"(b)'
+        a, b = f"%{registers}", registers + 1
+        flags = f"1, 1, {int(a_transposed)}, {int(b_transposed)}"
+    outputs = ", ".join(f'"{"=" if first else "+"}f"(d[{i}])' for i in range(registers))
+
+    def statement(dtype: str) -> str:
+        return (
+            f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, {"0" if first else "1"}, 0; '
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} "
+            f'{{{d}}}, {a}, %{b}, p, {flags}; }}"\n'
+            f"      : {outputs}\n      : {inputs});\n"
+        )
+
+    suffix = "_first" if first else ""
+    return (
+        f"template <class T>\nDEVICE void {name}{suffix}(float (&d)[{registers}], {parameters}) {{\n"
+        f"  if constexpr (T::is_bf16) {{\n{statement('bf16')}  }} else {{\n{statement('f16')}  }}\n}}\n"
+    )
+
+
+def main() -> None:
+    parts = [HEADER, "// clang-format off\n"]
+    for name, (*_, all_columns) in KINDS.items():
+        for columns in all_columns:
+            parts += [function(name, columns, False), function(name, columns, True)]
+    parts.append("// clang-format on\n\n}  // namespace seqpar\n")
+    (Path(__file__).parent / "wgmma_shapes.cuh").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

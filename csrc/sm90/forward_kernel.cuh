@@ -1,0 +1,605 @@
+// Exact attention forward for Hopper with an fp32 carry between calls.
+//
+// Persistent CTAs: one producer warp feeds 2 or 3 consumer warpgroups of 64 query rows each. A consumer multiplies the
+// scores of one key tile while it still multiplies the values of the tile before (FlashAttention-3's overlap inside a
+// warpgroup, arXiv 2407.08608), and moves the reference of a row's exponentials only when its maximum has grown by 2^8.
+#pragma once
+#include "../common/barrier.cuh"
+#include "../common/tma.cuh"
+#include "../common/wgmma.cuh"
+#include "forward_params.h"
+
+namespace seqpar::sm90 {
+
+// D: head dimension, a multiple of 64; T: Bf16 or Fp16; WARPGROUPS: consumers; KEYS: keys per tile; STAGES: tiles of
+// keys and of values in flight; INTERVAL: key bounds per query are loaded; SOFTCAP: scores are capped.
+template <int D_, class T_, int WARPGROUPS_, int KEYS_, int STAGES_, bool INTERVAL_, bool SOFTCAP_>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr int D = D_, WARPGROUPS = WARPGROUPS_, KEYS = KEYS_, STAGES = STAGES_, ROWS = 64 * WARPGROUPS;
+  static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
+  static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
+  static constexpr int QUERY_BYTES = 64 * D * 2, KEY_BYTES = KEYS * D * 2;
+  static constexpr int LIMIT = 232448, FIXED = WARPGROUPS * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 512;
+  // The fp32 accumulator goes through shared memory where that has room, else from and to registers.
+  static constexpr bool STAGED = FIXED + WARPGROUPS * 64 * D * 4 <= LIMIT;
+  static constexpr int STAGE_BYTES =
+      STAGED ? 64 * D * 4 : 0;  // without: the output is staged in the query tile's memory
+  static constexpr int SHARED = FIXED + WARPGROUPS * STAGE_BYTES;
+  static_assert(SHARED <= LIMIT, "shared memory");
+  static constexpr int THREADS = WARPGROUPS * 128 + 128;
+  static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 56, CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 152;
+};
+
+struct ForwardMaps {
+  CUtensorMap q, k, v, out, acc;
+};
+
+// A tile of queries and the key tiles [first, end) that they see of every part, at least one. `last` is the last
+// complete number of keys per part.
+struct ForwardTile {
+  int batch, head, row, first, end;
+};
+
+// Key tiles that the query rows [row, end) see: at least one, within [first, last].
+template <class C> DEVICE void key_range(const ForwardParams& p, int row, int end, int& first, int& last) {
+  const int most = (p.seqlen_k + C::KEYS - 1) / C::KEYS;
+  int lo = 0, hi = p.seqlen_k;
+  if constexpr (C::INTERVAL) {
+    lo = p.key_lo[min(row, p.seqlen_q - 1)];
+    hi = p.key_hi[min(end, p.seqlen_q) - 1];
+  } else if (p.causal) {
+    hi = max(p.offset + end, 0);
+  }
+  first = min(lo / C::KEYS, most - 1);
+  last = max(first + 1, min(most, (hi + C::KEYS - 1) / C::KEYS));
+}
+
+template <class C> DEVICE ForwardTile decode(const ForwardParams& p, int number) {
+  ForwardTile t;
+  const int turn = p.row_tiles * p.heads_at_once, rest = number % turn;
+  const int index = number / turn * p.heads_at_once + rest % p.heads_at_once;  // of (batch, head)
+  t.batch = index / p.nheads;
+  t.head = index - t.batch * p.nheads;
+  t.row = (p.row_tiles - 1 - rest / p.heads_at_once) * C::ROWS;  // the longest first
+  key_range<C>(p, t.row, t.row + C::ROWS, t.first, t.end);
+  return t;
+}
+
+// Offsets in shared memory, and of the barriers in its last 512 bytes.
+template <class C> struct ForwardShared {
+  static constexpr int Q = 0, K = C::WARPGROUPS * C::QUERY_BYTES, V = K + C::STAGES * C::KEY_BYTES;
+  static constexpr int STAGE = C::STAGED ? V + C::STAGES * C::KEY_BYTES : Q;
+  static constexpr int BARRIERS = C::SHARED - 512;
+  // Full: the copy engine has written it. Empty: nobody reads it any more. One of each per warpgroup or stage.
+  static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
+                       CARRY_EMPTY = CARRY_FULL + 32;
+  static constexpr int K_FULL = CARRY_EMPTY + 32, K_EMPTY = K_FULL + 32, V_FULL = K_EMPTY + 32, V_EMPTY = V_FULL + 32;
+  static constexpr int TILE_NUMBER = BARRIERS + 256;  // int per warpgroup
+  static_assert(C::STAGES <= 4, "room for barriers");
+};
+
+template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+  using S = ForwardShared<C>;
+  const uint32_t base = shared_address(shared);
+  volatile int* tile_number = reinterpret_cast<volatile int*>(shared + S::TILE_NUMBER);
+  prefetch_map(&maps.q);
+  prefetch_map(&maps.k);
+  prefetch_map(&maps.v);
+  int number = blockIdx.x, stage = 0, phase = 0;
+  for (int turn = 0;; turn++) {
+    if (number >= p.tiles) {
+      for (int w = 0; w < C::WARPGROUPS; w++) {
+        barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+        tile_number[w] = -1;
+        barrier_arrive(base + S::Q_FULL + 8 * w);
+      }
+      break;
+    }
+    const int next = gridDim.x + atomicAdd(p.counter, 1);
+    const ForwardTile t = decode<C>(p, number);
+    const int key_head = t.head / p.group, per_part = t.end - t.first, count = per_part * p.parts;
+    const auto load_keys = [&](const CUtensorMap* map, int target, int full, int empty, int row, int part) {
+      barrier_wait(base + empty + 8 * stage, phase ^ 1);
+      barrier_expect(base + full + 8 * stage, C::KEY_BYTES);
+      for (int block = 0; block < C::BLOCKS; block++) {
+        load_box(base + target + stage * C::KEY_BYTES + block * (C::KEYS * 128), map, base + full + 8 * stage,
+                 {64 * block, row, key_head, t.batch, part}, kEvictLast);
+      }
+    };
+    int part = p.parts - 1, key_tile = t.end - 1;
+    for (int i = 0; i < count; i++) {
+      load_keys(&maps.k, S::K, S::K_FULL, S::K_EMPTY, key_tile * C::KEYS, part);
+      if (i == 0) {
+        for (int w = 0; w < C::WARPGROUPS; w++) {
+          const uint32_t full = base + S::Q_FULL + 8 * w;
+          barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+          tile_number[w] = number;
+          barrier_expect(full, C::QUERY_BYTES);
+          for (int block = 0; block < C::BLOCKS; block++) {
+            load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
+                     {64 * block, t.row + 64 * w, t.head, t.batch, 0}, kEvictFirst);
+          }
+        }
+      }
+      load_keys(&maps.v, S::V, S::V_FULL, S::V_EMPTY, key_tile * C::KEYS, part);
+      if (C::STAGED && p.carry && i == min(C::STAGES, count) - 1) {  // the queries' and first keys' loads go first
+        for (int w = 0; w < C::WARPGROUPS; w++) {
+          const uint32_t full = base + S::CARRY_FULL + 8 * w;
+          barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
+          barrier_expect(full, C::STAGE_BYTES);
+          for (int block = 0; block < 2 * C::BLOCKS; block++) {
+            load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
+                     {32 * block, t.row + 64 * w, t.head, t.batch, 0}, kEvictFirst);
+          }
+        }
+      }
+      if (++stage == C::STAGES) {
+        stage = 0;
+        phase ^= 1;
+      }
+      if (key_tile-- == t.first) {
+        key_tile = t.end - 1;
+        part--;
+      }
+    }
+    number = next;
+  }
+  // The last CTA to finish leaves the counters zeroed.
+  __threadfence();
+  if (atomicAdd(p.counter + 1, 1) == static_cast<int>(gridDim.x) - 1) p.counter[0] = p.counter[1] = 0;
+}
+
+// A warpgroup's 64 query rows. Thread registers: rows r0 and r0 + 8 of the warpgroup.
+template <class C> struct ForwardConsumer {
+  using S = ForwardShared<C>;
+  using T = typename C::T;
+  static constexpr int KEYS = C::KEYS, D = C::D;
+
+  const ForwardMaps& maps;
+  const ForwardParams& p;
+  uint8_t* shared;
+  uint32_t base;
+  int warpgroup, warp, lane, r0;
+  bool leader;
+  uint64_t q_tile, k_tile, v_tile;  // descriptors
+  float scores[KEYS / 2], out[D / 2];
+  uint32_t probabilities[KEYS / 4];
+  float m0, m1, l0, l1;    // reference of the exponentials (base 2), sum of this thread's
+  float a0, a1;            // what out must be multiplied by
+  int lo0, lo1, hi0, hi1;  // keys that rows r0 and r0 + 8 see, less this thread's first column
+  int stage = 0, phase = 0;
+
+  DEVICE ForwardConsumer(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared)
+      : maps(maps), p(p), shared(shared), base(shared_address(shared)) {
+    const int index = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
+    warpgroup = index >> 2;
+    warp = index & 3;
+    lane = threadIdx.x & 31;
+    r0 = warp * 16 + (lane >> 2);
+    leader = (threadIdx.x & 127) == 0;
+    q_tile = tile_descriptor(base + S::Q + warpgroup * C::QUERY_BYTES, 0);
+    k_tile = tile_descriptor(base + S::K, 0);
+    v_tile = tile_descriptor(base + S::V, KEYS * 128);
+  }
+
+  DEVICE uint32_t stage_memory() const {
+    return base + S::STAGE + warpgroup * (C::STAGED ? C::STAGE_BYTES : C::QUERY_BYTES);
+  }
+  DEVICE void release(int barrier) const {
+    if (lane == 0) barrier_arrive(base + barrier);
+  }
+  DEVICE void advance() {
+    if (++stage == C::STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  DEVICE void sync() const { named_sync(4 + warpgroup, 128); }
+
+  DEVICE void multiply_keys() {
+    const uint64_t a = opaque(q_tile), b = k_tile + stage * moved(C::KEY_BYTES);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      const uint64_t ak = a + (k / 4) * moved(8192) + (k % 4) * 2, bk = b + (k / 4) * moved(KEYS * 128) + (k % 4) * 2;
+      if (k == 0) {
+        wgmma_ss_first<T>(scores, ak, bk);
+      } else {
+        wgmma_ss<T>(scores, ak, bk);
+      }
+    }
+    wgmma_commit();
+  }
+  DEVICE void multiply_values(int stage) {
+    const uint64_t b = v_tile + stage * moved(C::KEY_BYTES);
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+      const uint32_t* x = probabilities + 4 * k;
+      wgmma_rs<T>(out, x[0], x[1], x[2], x[3], b + k * moved(2048));
+    }
+    wgmma_commit();
+  }
+
+  // Scores of the tile whose first key is `key` become exponentials. Returns whether this warp must rescale `out` by
+  // (a0, a1).
+  template <class Masked> DEVICE bool softmax(Masked, int key) {
+    if constexpr (C::SOFTCAP) {
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; i++) scores[i] = tanh_exact(scores[i] * p.score_scale);
+    }
+    if constexpr (Masked::value) {
+      const int e0 = hi0 - key, e1 = hi1 - key;
+#pragma unroll
+      for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          if (8 * j + c >= e0) scores[4 * j + c] = -INFINITY;
+          if (8 * j + c >= e1) scores[4 * j + 2 + c] = -INFINITY;
+          if constexpr (C::INTERVAL) {
+            if (8 * j + c < lo0 - key) scores[4 * j + c] = -INFINITY;
+            if (8 * j + c < lo1 - key) scores[4 * j + 2 + c] = -INFINITY;
+          }
+        }
+      }
+    }
+    float x0 = fmaxf(scores[0], scores[1]), x1 = fmaxf(scores[2], scores[3]);
+    float y0 = fmaxf(scores[4], scores[5]), y1 = fmaxf(scores[6], scores[7]);
+#pragma unroll
+    for (int j = 2; j < KEYS / 8; j += 2) {
+      x0 = fmaxf(x0, fmaxf(scores[4 * j], scores[4 * j + 1]));
+      x1 = fmaxf(x1, fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
+      y0 = fmaxf(y0, fmaxf(scores[4 * j + 4], scores[4 * j + 5]));
+      y1 = fmaxf(y1, fmaxf(scores[4 * j + 6], scores[4 * j + 7]));
+    }
+    x0 = fmaxf(x0, y0);
+    x1 = fmaxf(x1, y1);
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, distance));
+      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, distance));
+    }
+    x0 *= p.scale_log2;
+    x1 *= p.scale_log2;
+    // NaN compares false: it then reaches the output through the exponentials.
+    const bool move = __any_sync(~0u, x0 > m0 + 8.f || x1 > m1 + 8.f);
+    if (move) {
+      x0 = fmaxf(x0, m0);
+      x1 = fmaxf(x1, m1);
+      a0 = exp2_fast(m0 - (x0 == -INFINITY ? 0.f : x0));
+      a1 = exp2_fast(m1 - (x1 == -INFINITY ? 0.f : x1));
+      m0 = x0;
+      m1 = x1;
+      l0 *= a0;
+      l1 *= a1;
+    }
+    float n0 = -m0, n1 = -m1;
+    if constexpr (Masked::value) {  // a row that has seen no key yet
+      if (m0 == -INFINITY) n0 = 0.f;
+      if (m1 == -INFINITY) n1 = 0.f;
+    }
+    float s0 = 0.f, s1 = 0.f;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; j++) {
+      scores[4 * j] = exp2_fast(fmaf(scores[4 * j], p.scale_log2, n0));
+      scores[4 * j + 1] = exp2_fast(fmaf(scores[4 * j + 1], p.scale_log2, n0));
+      scores[4 * j + 2] = exp2_fast(fmaf(scores[4 * j + 2], p.scale_log2, n1));
+      scores[4 * j + 3] = exp2_fast(fmaf(scores[4 * j + 3], p.scale_log2, n1));
+      l0 += scores[4 * j];
+      s0 += scores[4 * j + 1];
+      l1 += scores[4 * j + 2];
+      s1 += scores[4 * j + 3];
+    }
+    l0 += s0;
+    l1 += s1;
+    return move;
+  }
+
+  DEVICE void pack_probabilities() {
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) probabilities[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+  }
+  DEVICE void rescale() {
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      out[4 * i] *= a0;
+      out[4 * i + 1] *= a0;
+      out[4 * i + 2] *= a1;
+      out[4 * i + 3] *= a1;
+    }
+  }
+
+  // The scores of the tile at `key` beside the values of the tile before.
+  template <class Masked> DEVICE void step(Masked masked, int key) {
+    const int before = stage, phase_before = phase;
+    advance();
+    barrier_wait(base + S::K_FULL + 8 * stage, phase);
+    pin(out);
+    pin(probabilities);
+    wgmma_fence();
+    multiply_keys();
+    barrier_wait(base + S::V_FULL + 8 * before, phase_before);
+    multiply_values(before);
+    wgmma_wait<1>();
+    pin(scores);
+    release(S::K_EMPTY + 8 * stage);
+    const bool move = softmax(masked, key);
+    pin(scores);
+    wgmma_wait<0>();
+    pin(out);
+    pin(probabilities);
+    release(S::V_EMPTY + 8 * before);
+    if (move) rescale();
+    pack_probabilities();
+  }
+
+  // A tile that only other warpgroups see.
+  DEVICE void skip() {
+    barrier_wait(base + S::K_FULL + 8 * stage, phase);
+    release(S::K_EMPTY + 8 * stage);
+    barrier_wait(base + S::V_FULL + 8 * stage, phase);
+    release(S::V_EMPTY + 8 * stage);
+    advance();
+  }
+
+  DEVICE void set_bounds(int row) {
+    lo0 = lo1 = 0;
+    hi0 = hi1 = p.seqlen_k;
+    if constexpr (C::INTERVAL) {
+      const int i0 = min(row, p.seqlen_q - 1), i1 = min(row + 8, p.seqlen_q - 1);
+      const int column = 2 * (lane & 3);
+      lo0 = p.key_lo[i0] - column;
+      lo1 = p.key_lo[i1] - column;
+      hi0 = p.key_hi[i0];
+      hi1 = p.key_hi[i1];
+    } else if (p.causal) {
+      hi0 = min(hi0, row + p.offset + 1);
+      hi1 = min(hi1, row + 8 + p.offset + 1);
+    }
+    hi0 -= 2 * (lane & 3);
+    hi1 -= 2 * (lane & 3);
+  }
+
+  // All key tiles of this warpgroup's rows; on return the last product with values is in flight, with its stage
+  // current. Returns how many tiles after it are for other warpgroups only.
+  DEVICE int attend(const ForwardTile& t, int turn) {
+    const int row = t.row + 64 * warpgroup;
+    set_bounds(row + r0);
+    m0 = m1 = -INFINITY;
+    l0 = l1 = 0.f;
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) out[i] = 0.f;
+    int first = t.first, end = t.end;                    // this warpgroup's key tiles
+    int inner_first = 0, inner_end = p.seqlen_k / KEYS;  // tiles all of whose keys all of its rows see
+    if (C::INTERVAL || p.causal) {
+      int own_first, own_end;
+      key_range<C>(p, row, row + 64, own_first, own_end);
+      first = min(max(first, own_first), end - 1);
+      end = max(first + 1, min(end, own_end));
+      if constexpr (C::INTERVAL) {
+        inner_first = (p.key_lo[min(row + 63, p.seqlen_q - 1)] + KEYS - 1) / KEYS;
+        inner_end = min(inner_end, p.key_hi[min(row, p.seqlen_q - 1)] / KEYS);
+      } else {
+        inner_end = min(inner_end, max(p.offset + row + 1, 0) / KEYS);
+      }
+      for (int j = t.end; j > end; j--) skip();
+    }
+    int j = end - 1;
+    barrier_wait(base + S::K_FULL + 8 * stage, phase);
+    wgmma_fence();
+    multiply_keys();
+    wgmma_wait<0>();
+    pin(scores);
+    release(S::K_EMPTY + 8 * stage);
+    softmax(Yes{}, j * KEYS);
+    pack_probabilities();
+    if (C::STAGED && p.carry && turn > 0 && leader) {  // the next carried tile may come when the last one is stored
+      bulk_wait_read();
+      barrier_arrive(base + S::CARRY_EMPTY + 8 * warpgroup);
+    }
+    j--;
+    for (int part = p.parts - 1;;) {
+      for (; j >= max(first, inner_end); j--) step(Yes{}, j * KEYS);
+      for (; j >= max(first, inner_first); j--) step(No{}, j * KEYS);
+      if constexpr (C::INTERVAL) {
+        for (; j >= first; j--) step(Yes{}, j * KEYS);
+      }
+      if (part-- == 0) break;
+      j = end - 1;
+    }
+    barrier_wait(base + S::V_FULL + 8 * stage, phase);
+    pin(out);
+    pin(probabilities);
+    wgmma_fence();
+    multiply_values(stage);
+    return first - t.first;
+  }
+
+  // The carried state and the final factors; `w0, w1` are the weights of the carried rows.
+  DEVICE void finish_rows(const ForwardTile& t, float& w0, float& w1) {
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      l0 += __shfl_xor_sync(~0u, l0, distance);
+      l1 += __shfl_xor_sync(~0u, l1, distance);
+    }
+    const int row = t.row + 64 * warpgroup + r0;
+    float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row;
+    const bool in0 = row < p.seqlen_q, in1 = row + 8 < p.seqlen_q;
+    a0 = a1 = 1.f;
+    w0 = w1 = 0.f;
+    if (p.carry) {
+      const float c0 = in0 ? lse[0] * kLog2E : -INFINITY, c1 = in1 ? lse[8] * kLog2E : -INFINITY;
+      const float x0 = fmaxf(m0, c0), x1 = fmaxf(m1, c1);
+      const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
+      a0 = exp2_fast(m0 - z0);
+      a1 = exp2_fast(m1 - z1);
+      w0 = exp2_fast(c0 - z0);
+      w1 = exp2_fast(c1 - z1);
+      l0 = l0 * a0 + w0;
+      l1 = l1 * a1 + w1;
+      m0 = x0;
+      m1 = x1;
+    }
+    const float i0 = l0 == 0.f ? 0.f : 1.f / l0, i1 = l1 == 0.f ? 0.f : 1.f / l1;
+    __syncwarp();  // all four threads of a row have read lse
+    if ((lane & 3) == 0) {
+      if (in0) lse[0] = (m0 + log2f(l0)) * kLn2;
+      if (in1) lse[8] = (m1 + log2f(l1)) * kLn2;
+    }
+    a0 *= i0;
+    a1 *= i1;
+    w0 *= i0;
+    w1 *= i1;
+  }
+
+  // Where columns 8 i + 2 (lane % 4) of row r lie in the staged fp32 tile.
+  DEVICE float2* staged(int i, int r) const {
+    return reinterpret_cast<float2*>(shared + (stage_memory() - base) + (i / 4) * 8192 +
+                                     swizzled(r, 2 * (i % 4) + ((lane & 3) >> 1)) + (lane & 1) * 8);
+  }
+  // The same place in global memory, from the start of row `row`.
+  DEVICE int64_t in_accumulator(const ForwardTile& t, int row) const {
+    return t.batch * p.acc_batch + row * p.acc_seq + t.head * p.acc_head + 2 * (lane & 3);
+  }
+
+  DEVICE void add_carry(const ForwardTile& t, int turn, float w0, float w1) {
+    if constexpr (C::STAGED) {
+      barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);
+    }
+    const int row = t.row + 64 * warpgroup + r0;
+    const float* acc = p.acc_in + in_accumulator(t, row);
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      float2 u = make_float2(0.f, 0.f), v = u;
+      if constexpr (C::STAGED) {
+        u = *staged(i, r0);
+        v = *staged(i, r0 + 8);
+      } else {
+        if (row < p.seqlen_q) u = *reinterpret_cast<const float2*>(acc + 8 * i);
+        if (row + 8 < p.seqlen_q) v = *reinterpret_cast<const float2*>(acc + 8 * p.acc_seq + 8 * i);
+      }
+      out[4 * i] += u.x * w0;
+      out[4 * i + 1] += u.y * w0;
+      out[4 * i + 2] += v.x * w1;
+      out[4 * i + 3] += v.y * w1;
+    }
+  }
+
+  // `out` is final. Stores read the staging memory after this returns.
+  DEVICE void store(const ForwardTile& t) {
+    const int row = t.row + 64 * warpgroup;
+    if (p.keep) {
+      if constexpr (C::STAGED) {
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+          *staged(i, r0) = make_float2(out[4 * i], out[4 * i + 1]);
+          *staged(i, r0 + 8) = make_float2(out[4 * i + 2], out[4 * i + 3]);
+        }
+        shared_to_async();
+        sync();
+        if (leader) {
+          for (int block = 0; block < 2 * C::BLOCKS; block++) {
+            store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, t.head, t.batch, 0});
+          }
+          bulk_commit();
+          if (p.finish) bulk_wait_read();
+        }
+        if (p.finish) sync();
+      } else {
+        float* acc = p.acc_out + in_accumulator(t, row + r0);
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+          if (row + r0 < p.seqlen_q) *reinterpret_cast<float2*>(acc + 8 * i) = make_float2(out[4 * i], out[4 * i + 1]);
+          if (row + r0 + 8 < p.seqlen_q) {
+            *reinterpret_cast<float2*>(acc + 8 * p.acc_seq + 8 * i) = make_float2(out[4 * i + 2], out[4 * i + 3]);
+          }
+        }
+      }
+    }
+    if (p.finish) {
+      const int r = warp * 16 + (lane & 15);
+#pragma unroll
+      for (int i = 0; i < D / 16; i++) {
+        const int chunk = 2 * i + (lane >> 4);
+        store_matrices(stage_memory() + (chunk / 8) * 8192 + swizzled(r, chunk % 8),
+                       pack<T>(out[8 * i], out[8 * i + 1]), pack<T>(out[8 * i + 2], out[8 * i + 3]),
+                       pack<T>(out[8 * i + 4], out[8 * i + 5]), pack<T>(out[8 * i + 6], out[8 * i + 7]));
+      }
+      shared_to_async();
+      sync();
+      if (leader) {
+        for (int block = 0; block < C::BLOCKS; block++) {
+          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, row, t.head, t.batch, 0});
+        }
+        bulk_commit();
+      }
+    }
+  }
+
+  DEVICE void run() {
+    const volatile int* tile_number = reinterpret_cast<const volatile int*>(shared + S::TILE_NUMBER);
+    for (int turn = 0;; turn++) {
+      barrier_wait(base + S::Q_FULL + 8 * warpgroup, turn & 1);
+      int number = __shfl_sync(~0u, tile_number[warpgroup], 0);
+      if (number < 0) break;
+      int skipped = attend(decode<C>(p, number), turn);
+      // Again from the number, so that nothing of it lives in the loop.
+      const ForwardTile t = decode<C>(p, __shfl_sync(~0u, tile_number[warpgroup], 0));
+      sync();
+      // The queries have been read. Where the output is staged in their memory, that is free only after the store.
+      if (C::STAGED && leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      float w0, w1;
+      finish_rows(t, w0, w1);
+      wgmma_wait<0>();
+      pin(out);
+      pin(probabilities);
+      release(S::V_EMPTY + 8 * stage);
+      advance();
+      for (; skipped > 0; skipped--) skip();
+      rescale();
+      if (p.carry) add_carry(t, turn, w0, w1);
+      // The store before must have left the staging memory, and all warps be done with what was in it.
+      if (C::STAGED && !p.carry && leader) bulk_wait_read();
+      sync();
+      store(t);
+      if (!C::STAGED && leader) {
+        bulk_wait_read();
+        barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      }
+    }
+    if (leader) bulk_wait();
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    forward_kernel(const __grid_constant__ ForwardMaps maps, const __grid_constant__ ForwardParams p) {
+  using S = ForwardShared<C>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
+  if (threadIdx.x == 0) {
+    for (int w = 0; w < C::WARPGROUPS; w++) {
+      barrier_init(base + S::Q_FULL + 8 * w, 1);
+      barrier_init(base + S::Q_EMPTY + 8 * w, 1);
+      barrier_init(base + S::CARRY_FULL + 8 * w, 1);
+      barrier_init(base + S::CARRY_EMPTY + 8 * w, 1);
+    }
+    for (int s = 0; s < C::STAGES; s++) {
+      barrier_init(base + S::K_FULL + 8 * s, 1);
+      barrier_init(base + S::K_EMPTY + 8 * s, 4 * C::WARPGROUPS);
+      barrier_init(base + S::V_FULL + 8 * s, 1);
+      barrier_init(base + S::V_EMPTY + 8 * s, 4 * C::WARPGROUPS);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp >= 4 * C::WARPGROUPS) {
+    release_registers<C::PRODUCER_REGISTERS>();
+    if (warp == 4 * C::WARPGROUPS && (threadIdx.x & 31) == 0) forward_producer<C>(maps, p, shared);
+  } else {
+    claim_registers<C::CONSUMER_REGISTERS>();
+    ForwardConsumer<C>(maps, p, shared).run();
+  }
+}
+
+}  // namespace seqpar::sm90

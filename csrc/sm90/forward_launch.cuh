@@ -1,0 +1,77 @@
+// From the C interface's arguments to a launch of the forward kernel.
+#pragma once
+#include <algorithm>
+
+#include "../common/launch.h"
+#include "../common/tensor_map.h"
+#include "forward_instances.h"
+#include "forward_kernel.cuh"
+
+namespace seqpar::sm90 {
+
+// Heads that take turns tile by tile, so that the longest tiles of all of them go first, as long as their keys and
+// values stay in the L2 cache (50 MB on an H100).
+inline int heads_at_once(const SeqparProblem& x) {
+  const double bytes_per_key_head = 4.0 * x.seqlen_k * x.parts * x.headdim;
+  const int group = x.nheads / x.nheads_kv;
+  int heads = x.batch * x.nheads;
+  while (heads % 2 == 0 && std::max(1, heads / group) * bytes_per_key_head > 40e6) heads /= 2;
+  return heads;
+}
+
+template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t stream) {
+  const SeqparProblem& x = a.problem;
+  const Element element = x.dtype == SEQPAR_BF16 ? Element::kBf16 : Element::kFp16;
+  const auto queries = [&](const void* pointer, Element element, const SeqparStrides& strides) {
+    return Tiled{pointer, element, 1, x.batch, x.seqlen_q, x.nheads, x.headdim, strides};
+  };
+  const auto keys = [&](const void* pointer, const SeqparStrides& strides) {
+    return Tiled{pointer, element, x.parts, x.batch, x.seqlen_k, x.nheads_kv, x.headdim, strides};
+  };
+  ForwardMaps maps = {};
+  int32_t error = make_tensor_map(&maps.q, queries(a.q, element, a.q_strides), 64);
+  if (!error) error = make_tensor_map(&maps.k, keys(a.k, a.k_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.v, keys(a.v, a.v_strides), C::KEYS);
+  if (!error && a.out) error = make_tensor_map(&maps.out, queries(a.out, element, a.out_strides), 64);
+  if (!error && C::STAGED && (a.carry || a.keep)) {
+    error = make_tensor_map(&maps.acc, queries(a.out_acc, Element::kFp32, a.acc_strides), 64);
+  }
+  if (error) return error;
+
+  ForwardParams p = {};
+  p.lse = a.lse;
+  p.lse_batch = a.lse_strides.batch;
+  p.lse_head = a.lse_strides.head;
+  p.acc_in = a.out_acc;
+  p.acc_out = a.out_acc;
+  p.acc_batch = a.acc_strides.batch;
+  p.acc_seq = a.acc_strides.seq;
+  p.acc_head = a.acc_strides.head;
+  p.key_lo = x.key_lo;
+  p.key_hi = x.key_hi;
+  p.counter = a.counter;
+  p.seqlen_q = x.seqlen_q;
+  p.seqlen_k = x.seqlen_k;
+  p.parts = x.parts;
+  p.nheads = x.nheads;
+  p.group = x.nheads / x.nheads_kv;
+  p.causal = x.mask == SEQPAR_CAUSAL;
+  p.offset = x.offset;
+  p.row_tiles = (x.seqlen_q + C::ROWS - 1) / C::ROWS;
+  p.tiles = p.row_tiles * x.batch * x.nheads;
+  p.heads_at_once = x.mask == SEQPAR_FULL ? 1 : heads_at_once(x);
+  p.carry = a.carry;
+  p.keep = a.keep;
+  p.finish = a.out != nullptr;
+  p.score_scale = C::SOFTCAP ? x.softmax_scale / x.softcap : 1.f;
+  p.scale_log2 = (C::SOFTCAP ? x.softcap : x.softmax_scale) * kLog2E;
+
+  const auto kernel = forward_kernel<C>;
+  if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
+  const int available = multiprocessors(x.sm_margin);
+  if (!available) return cudaErrorInvalidDevice;
+  kernel<<<std::min(available, p.tiles), C::THREADS, C::SHARED, stream>>>(maps, p);
+  return cudaGetLastError();
+}
+
+}  // namespace seqpar::sm90

@@ -1,0 +1,14 @@
+// Memory-bound kernels for every architecture. See seqpar_attn.h for the arguments.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../seqpar_attn.h"
+
+namespace seqpar {
+
+int32_t delta(const SeqparDelta& arguments, cudaStream_t stream);
+int32_t convert(const SeqparConvert& arguments, cudaStream_t stream);
+int32_t merge(const SeqparMerge& arguments, cudaStream_t stream);
+int32_t accumulate(const SeqparAccumulate& arguments, cudaStream_t stream);
+
+}  // namespace seqpar

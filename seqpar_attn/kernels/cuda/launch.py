@@ -1,0 +1,133 @@
+"""Calls of the C interface with little host time: a struct is filled once per geometry, a call writes addresses into it.
+
+A geometry is everything but the addresses: shapes, strides, dtype and options.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..tape import Place, recording
+from .library import load
+from .structs import Strides
+
+_MOST_PLANS = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A filled struct without its addresses."""
+
+    function: Any
+    words: Any
+    """The struct as an array of 64-bit words."""
+    slots: tuple[int, ...]
+    """Which words are the addresses of the arrays, in their order."""
+    counter: int | None
+    """The word for the address of zeroed ints, and"""
+    counters: int = 2
+    """how many of them."""
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def strides(x: torch.Tensor | None) -> Strides:
+    """Of ``[batch, seqlen, nheads, headdim]``, with or without parts in front."""
+    if x is None:
+        return Strides()
+    *part, batch, seq, head, _ = x.stride()
+    return Strides(part[0] if part else 0, batch, seq, head)
+
+
+def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: int = 0) -> Plan:
+    """``fields``: those of the arrays' addresses; a dot leads into a nested struct."""
+    function = getattr(load(), f"seqpar_attn_{name}")
+    count = ctypes.sizeof(struct) // 8
+    assert ctypes.sizeof(struct) == 8 * count
+    words = (ctypes.c_uint64 * count).from_buffer_copy(struct)
+    slots = tuple(_word(type(struct), field) for field in fields)
+    counter = _word(type(struct), "counter") if counters else None
+    return Plan(function, words, slots, counter, counters)
+
+
+def _word(struct: Any, field: str) -> int:
+    outer, _, inner = field.partition(".")
+    offset = getattr(struct, outer).offset
+    if inner:
+        offset += getattr(dict(struct._fields_)[outer], inner).offset
+    assert offset % 8 == 0
+    return int(offset // 8)
+
+
+def launch(
+    name: str,
+    options: Hashable,
+    arrays: Sequence[torch.Tensor | None],
+    new_plan: Callable[[], Plan],
+) -> None:
+    """Call ``seqpar_attn_<name>`` on the current stream.
+
+    ``options``, the shapes of the first two arrays, the dtype of the first and the strides of all must determine the
+    plan.
+    """
+    first, second = arrays[0], arrays[1]
+    assert first is not None and second is not None
+    key = (
+        name, options, first.shape, second.shape, first.dtype, first.device.index,
+        *[x if x is None else x.stride() for x in arrays],
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = new_plan()
+    _call(plan, first.device.index, [0 if x is None else x.data_ptr() for x in arrays])
+    tape = recording()
+    if tape is not None:
+        tape.append(_Replay(plan, first.device.index, [tape.place(x) for x in arrays]))
+
+
+class _Replay:
+    """A call as a tape keeps it."""
+
+    __slots__ = ("device", "places", "plan")
+
+    def __init__(self, plan: Plan, device: int, places: list[Place]) -> None:
+        self.plan, self.device, self.places = plan, device, places
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        _call(self.plan, self.device, [addresses[base] + offset for base, offset in self.places])
+
+
+def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
+    words = type(plan.words).from_buffer_copy(plan.words)  # another thread may be at the same geometry
+    for slot, address in zip(plan.slots, addresses):
+        words[slot] = address
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if plan.counter is not None:
+        words[plan.counter] = _zeroed(device, stream, plan.counters)
+    code = plan.function(words, stream)
+    if code:
+        raise RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _zeroed(device: int, stream: int, count: int) -> int:
+    """Address of zeroed ints that no other launch in flight uses: launches on one stream follow each other, and each
+    leaves its ints zeroed."""
+    if torch.cuda.is_current_stream_capturing():
+        # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
+        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
+    known = _counters.get((device, stream))
+    if known is None or known.numel() < count:
+        size = max(count, 1024)
+        known = _counters[device, stream] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+    return known.data_ptr()
