@@ -75,10 +75,10 @@ typedef struct {
   const void* dout;
   const float* lse;
   const float* delta;  // rowsum(dout * out)
-  float* dq;           // fp32, added to; the caller zeroes it before the first block
+  float* dq;           // fp32, added to if carry_dq, else overwritten
   float* dk;           // fp32, added to if carry_dkv, else overwritten
   float* dv;
-  int32_t carry_dkv;
+  int32_t carry_dq, carry_dkv;
   int32_t deterministic;  // dq is summed in a fixed order
   SeqparStrides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   SeqparRowStrides lse_strides, delta_strides;

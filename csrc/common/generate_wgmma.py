@@ -5,7 +5,7 @@ from pathlib import Path
 KINDS = {
     # name: (A in registers, A is MN-major, B is MN-major, columns N)
     "wgmma_ss": (False, False, False, (64, 80, 96, 112, 128)),
-    "wgmma_st": (False, True, False, (64, 80)),
+    "wgmma_st": (False, True, False, (64, 80, 128)),
     "wgmma_tt": (False, True, True, (64, 128)),
     "wgmma_rs": (True, False, True, (64, 128, 256)),
 }

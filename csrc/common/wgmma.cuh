@@ -26,11 +26,19 @@ template <int R> DEVICE void pin(uint32_t (&r)[R]) {
   for (int i = 0; i < R; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Descriptor of a tile in shared memory under the 128-byte swizzle: column blocks of 64, each a run of 128-byte rows.
-// `lead`: bytes from one column block to the next, which only operands read along the rows (MN-major) need.
+// Descriptor of a tile in shared memory under the 128-byte swizzle: column blocks of 64, each a run of 128-byte rows,
+// eight of which are 1024 bytes. `lead`: bytes from one column block to the next, which only operands read along the
+// rows (MN-major) need. The upper half is the same for all, so what a kernel has to keep is the lower one.
+DEVICE uint32_t tile_descriptor_low(uint32_t address, uint32_t lead) {
+  return ((address & 0x3FFFF) >> 4) | ((lead >> 4) << 16);
+}
+DEVICE uint64_t descriptor(uint32_t low) {
+  uint64_t x;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(x) : "r"(low), "n"(1 << 30 | 1024 >> 4));
+  return x;
+}
 DEVICE uint64_t tile_descriptor(uint32_t address, uint32_t lead) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(lead >> 4) << 16) |
-         (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+  return descriptor(tile_descriptor_low(address, lead));
 }
 // What to add to a descriptor to move it by so many bytes.
 __host__ __device__ constexpr uint64_t moved(int bytes) { return static_cast<uint64_t>(bytes >> 4); }

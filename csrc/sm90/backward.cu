@@ -1,9 +1,40 @@
+// Chooses the backward kernel.
 #include "../common/errors.h"
+#include "backward_instances.h"
 #include "launch.h"
 
 namespace seqpar::sm90 {
+namespace {
 
-int32_t backward(const SeqparBackward&, cudaStream_t) { return kNoKernel; }
+template <int D, class T> int32_t by_mask(const SeqparBackward& a, cudaStream_t stream) {
+  const bool interval = a.problem.mask == SEQPAR_INTERVAL, softcap = a.problem.softcap != 0.f;
+  if (interval && softcap) return backward_instance<D, T, true, true>(a, stream);
+  if (interval) return backward_instance<D, T, true, false>(a, stream);
+  if (softcap) return backward_instance<D, T, false, true>(a, stream);
+  return backward_instance<D, T, false, false>(a, stream);
+}
+
+template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stream) {
+  if (a.problem.headdim <= 64) return by_mask<64, T>(a, stream);
+  if (a.problem.headdim <= 128) return by_mask<128, T>(a, stream);
+  return kNoKernel;
+}
+
+}  // namespace
+
 int64_t backward_counters(const SeqparBackward&) { return 0; }
+
+int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
+  const SeqparProblem& x = a.problem;
+  if (x.batch < 1 || x.seqlen_q < 1 || x.seqlen_k < 1 || x.parts < 1 || x.nheads_kv < 1 || x.nheads % x.nheads_kv ||
+      x.headdim % 8 || x.headdim < 8 || !(x.softmax_scale > 0.f) || x.softcap < 0.f) {
+    return kBadArgument;
+  }
+  if (x.parts > 1 && x.mask != SEQPAR_FULL) return kBadArgument;
+  if (x.mask == SEQPAR_INTERVAL && (!x.query_lo || !x.query_hi)) return kBadArgument;
+  if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);
+  if (x.dtype == SEQPAR_FP16) return by_headdim<Fp16>(a, stream);
+  return kBadArgument;
+}
 
 }  // namespace seqpar::sm90

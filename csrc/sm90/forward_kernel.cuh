@@ -167,6 +167,7 @@ template <class C> struct ForwardConsumer {
   uint32_t probabilities[KEYS / 4];
   float m0, m1, l0, l1;    // reference of the exponentials (base 2), sum of this thread's
   float a0, a1;            // what out must be multiplied by
+  float c0, c1;            // carried lse, base 2
   int lo0, lo1, hi0, hi1;  // keys that rows r0 and r0 + 8 see, less this thread's first column
   int stage = 0, phase = 0;
 
@@ -366,6 +367,12 @@ template <class C> struct ForwardConsumer {
     set_bounds(row + r0);
     m0 = m1 = -INFINITY;
     l0 = l1 = 0.f;
+    c0 = c1 = -INFINITY;
+    if (p.carry) {  // long before it is needed
+      const float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row + r0;
+      if (row + r0 < p.seqlen_q) c0 = lse[0] * kLog2E;
+      if (row + r0 + 8 < p.seqlen_q) c1 = lse[8] * kLog2E;
+    }
 #pragma unroll
     for (int i = 0; i < D / 2; i++) out[i] = 0.f;
     int first = t.first, end = t.end;                    // this warpgroup's key tiles
@@ -427,7 +434,6 @@ template <class C> struct ForwardConsumer {
     a0 = a1 = 1.f;
     w0 = w1 = 0.f;
     if (p.carry) {
-      const float c0 = in0 ? lse[0] * kLog2E : -INFINITY, c1 = in1 ? lse[8] * kLog2E : -INFINITY;
       const float x0 = fmaxf(m0, c0), x1 = fmaxf(m1, c1);
       const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
       a0 = exp2_fast(m0 - z0);
@@ -440,7 +446,6 @@ template <class C> struct ForwardConsumer {
       m1 = x1;
     }
     const float i0 = l0 == 0.f ? 0.f : 1.f / l0, i1 = l1 == 0.f ? 0.f : 1.f / l1;
-    __syncwarp();  // all four threads of a row have read lse
     if ((lane & 3) == 0) {
       if (in0) lse[0] = (m0 + log2f(l0)) * kLn2;
       if (in1) lse[8] = (m1 + log2f(l1)) * kLn2;
@@ -474,8 +479,9 @@ template <class C> struct ForwardConsumer {
         u = *staged(i, r0);
         v = *staged(i, r0 + 8);
       } else {
-        if (row < p.seqlen_q) u = *reinterpret_cast<const float2*>(acc + 8 * i);
-        if (row + 8 < p.seqlen_q) v = *reinterpret_cast<const float2*>(acc + 8 * p.acc_seq + 8 * i);
+        const bool exists = 8 * i < p.headdim;
+        if (exists && row < p.seqlen_q) u = *reinterpret_cast<const float2*>(acc + 8 * i);
+        if (exists && row + 8 < p.seqlen_q) v = *reinterpret_cast<const float2*>(acc + 8 * p.acc_seq + 8 * i);
       }
       out[4 * i] += u.x * w0;
       out[4 * i + 1] += u.y * w0;
@@ -508,6 +514,7 @@ template <class C> struct ForwardConsumer {
         float* acc = p.acc_out + in_accumulator(t, row + r0);
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
+          if (8 * i >= p.headdim) break;
           if (row + r0 < p.seqlen_q) *reinterpret_cast<float2*>(acc + 8 * i) = make_float2(out[4 * i], out[4 * i + 1]);
           if (row + r0 + 8 < p.seqlen_q) {
             *reinterpret_cast<float2*>(acc + 8 * p.acc_seq + 8 * i) = make_float2(out[4 * i + 2], out[4 * i + 3]);

@@ -55,6 +55,7 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
   p.parts = x.parts;
   p.nheads = x.nheads;
   p.group = x.nheads / x.nheads_kv;
+  p.headdim = x.headdim;
   p.causal = x.mask == SEQPAR_CAUSAL;
   p.offset = x.offset;
   p.row_tiles = (x.seqlen_q + C::ROWS - 1) / C::ROWS;

@@ -6,6 +6,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "instances"
 DTYPES = {"bf16": "Bf16", "fp16": "Fp16"}
+BACKWARD = [64, 128]
 FORWARD = [(64, "Wide"), (128, "Wide"), (128, "Narrow"), (256, "Narrow")]
 TEMPLATE = """\
 // Written by generate_instances.py; do not edit.
@@ -28,6 +29,14 @@ def instances() -> dict[str, str]:
         arguments = f"{headdim}, {name}, Rows::k{rows}, {str(interval).lower()}, {str(softcap).lower()}"
         files["_".join(filter(None, parts)) + ".cu"] = TEMPLATE.format(
             kind="forward", arguments=arguments, struct="SeqparForward"
+        )
+    for headdim, (dtype, name), interval, softcap in itertools.product(
+        BACKWARD, DTYPES.items(), (False, True), (False, True)
+    ):
+        parts = ["backward", str(headdim), dtype, "interval" * interval, "softcap" * softcap]
+        arguments = f"{headdim}, {name}, {str(interval).lower()}, {str(softcap).lower()}"
+        files["_".join(filter(None, parts)) + ".cu"] = TEMPLATE.format(
+            kind="backward", arguments=arguments, struct="SeqparBackward"
         )
     return files
 

@@ -11,4 +11,8 @@ int32_t convert(const SeqparConvert& arguments, cudaStream_t stream);
 int32_t merge(const SeqparMerge& arguments, cudaStream_t stream);
 int32_t accumulate(const SeqparAccumulate& arguments, cudaStream_t stream);
 
+// Zeroes [batch, seqlen, nheads, headdim] of fp32.
+cudaError_t zero(float* x, const SeqparStrides& strides, int batch, int seqlen, int nheads, int headdim,
+                 cudaStream_t stream);
+
 }  // namespace seqpar

@@ -62,8 +62,8 @@ class CudaKernel:
     ) -> str | None:
         if dtype not in _DTYPES:
             return f"expected bfloat16 or float16, got {dtype}"
-        if headdim % 8 or not 8 <= headdim <= 256:
-            return f"expected a head dimension that is a multiple of 8 and at most 256, got {headdim}"
+        if headdim % 8 or not 8 <= headdim <= 128:
+            return f"expected a head dimension that is a multiple of 8 and at most 128, got {headdim}"
         if device.type != "cuda":
             return f"expected CUDA tensors, got {device}"
         architecture = _architecture(
@@ -130,9 +130,9 @@ class CudaKernel:
         carry_dkv: bool,
         deterministic: bool,
     ) -> None:
-        if not carry_dq:
-            dq.zero_()
         if q.numel() == 0 or k.numel() == 0:
+            if not carry_dq:
+                dq.zero_()
             if not carry_dkv:
                 dk.zero_()
                 dv.zero_()
@@ -140,7 +140,8 @@ class CudaKernel:
 
         def plan() -> Plan:
             struct = Backward(
-                problem=_problem(q, k, mask, softmax_scale, softcap, self._variant), carry_dkv=carry_dkv,
+                problem=_problem(q, k, mask, softmax_scale, softcap, self._variant), carry_dq=carry_dq,
+                carry_dkv=carry_dkv,
                 deterministic=deterministic, q_strides=strides(q), k_strides=strides(k), v_strides=strides(v),
                 dout_strides=strides(dout), dq_strides=strides(dq), dk_strides=strides(dk), dv_strides=strides(dv),
                 lse_strides=_rows(lse), delta_strides=_rows(delta),
@@ -150,7 +151,7 @@ class CudaKernel:
             return make_plan("backward", struct, fields + bounds, counters=2)
 
         arrays = (q, k, v, dout, lse, delta, dq, dk, dv, mask.query_lo, mask.query_hi)
-        options = (mask.kind, mask.offset, softmax_scale, softcap, carry_dkv, deterministic, self._variant)
+        options = (mask.kind, mask.offset, softmax_scale, softcap, carry_dq, carry_dkv, deterministic, self._variant)
         with on_device_of(q):
             launch("backward", options, arrays, plan)
 

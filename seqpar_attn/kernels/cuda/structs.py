@@ -42,7 +42,7 @@ class Backward(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         ("problem", Problem),
         *[(n, c_void_p) for n in ("q", "k", "v", "dout", "lse", "delta", "dq", "dk", "dv")],
-        *[(n, c_int32) for n in ("carry_dkv", "deterministic")],
+        *[(n, c_int32) for n in ("carry_dq", "carry_dkv", "deterministic")],
         *[(f"{n}_strides", Strides) for n in ("q", "k", "v", "dout", "dq", "dk", "dv")],
         *[(f"{n}_strides", RowStrides) for n in ("lse", "delta")],
         ("counter", c_void_p),

@@ -1,0 +1,13 @@
+// Included by every file in instances/: the body of backward_instance.
+#pragma once
+#include "backward_launch.cuh"
+
+namespace seqpar::sm90 {
+
+template <int D, class T, bool INTERVAL, bool SOFTCAP>
+int32_t backward_instance(const SeqparBackward& arguments, cudaStream_t stream) {
+  constexpr int kQueries = D == 64 ? 128 : 64;
+  return launch_backward<BackwardConfig<D, T, kQueries, INTERVAL, SOFTCAP>>(arguments, stream);
+}
+
+}  // namespace seqpar::sm90

@@ -1,0 +1,551 @@
+// Exact attention backward for Hopper, given the global lse and delta.
+//
+// A CTA owns 128 keys, 64 per consumer warpgroup, and walks over the query tiles that see them, for all query heads of
+// their group. Scores and dP are formed transposed (keys are rows), so that P and dS are register operands of the
+// products for dV and dK (FlashAttention-3's arrangement, arXiv 2407.08608); dS also goes through shared memory for
+// dQ = dS K, which the copy engine adds to an fp32 accumulator. The scores of the next tile are multiplied as soon as
+// dS of this one is formed, so that the tensor cores have work while exponentials are taken.
+#pragma once
+#include "../common/barrier.cuh"
+#include "../common/tma.cuh"
+#include "../common/wgmma.cuh"
+#include "backward_params.h"
+
+namespace seqpar::sm90 {
+
+// D: head dimension, 64 or 128; QUERIES: rows per tile; T, INTERVAL, SOFTCAP: see ForwardConfig.
+template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct BackwardConfig {
+  using T = T_;
+  static constexpr int D = D_, QUERIES = QUERIES_, KEYS = 128;
+  // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS.
+  static constexpr int Q_STAGES = D == 128 ? 3 : 2, DOUT_STAGES = 2, DS_SLOTS = 3;
+  static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
+  static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
+  static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
+  // A warpgroup makes 64 columns of dQ: for D = 128 its half of them, for D = 64 those of its half of the queries.
+  static constexpr int DQ_ROWS = D == 128 ? QUERIES : QUERIES / 2, DQ_BYTES = DQ_ROWS * 64 * 4;
+  // P times softmax_scale is used throughout where the range of the format allows it: dS and dQ then have it for free.
+  static constexpr bool SCALED = T::is_bf16 && !SOFTCAP;
+  static constexpr int TILES =
+      2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
+  static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 128;
+  static_assert(SHARED <= 232448, "shared memory");
+  static_assert(2 * KEYS * D * 4 <= TILES, "dK and dV are staged in the memory of all tiles");
+  static constexpr int THREADS = 384;
+};
+
+template <class C> struct BackwardShared {
+  static constexpr int K = 0, V = K + C::KEY_BYTES, Q = V + C::KEY_BYTES, DOUT = Q + C::Q_STAGES * C::QUERY_BYTES;
+  static constexpr int DS = DOUT + C::DOUT_STAGES * C::QUERY_BYTES, DQ = DS + C::DS_SLOTS * C::SCORE_BYTES;
+  static constexpr int LSE = DQ + 2 * C::DQ_BYTES, DELTA = LSE + C::Q_STAGES * C::QUERIES * 4;
+  static constexpr int BARRIERS = DELTA + C::DOUT_STAGES * C::QUERIES * 4;
+  static constexpr int KV_FULL = BARRIERS, Q_FULL = KV_FULL + 8, Q_EMPTY = Q_FULL + 24, DOUT_FULL = Q_EMPTY + 24,
+                       DOUT_EMPTY = DOUT_FULL + 16, DS_FULL = DOUT_EMPTY + 16;
+  static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
+};
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout, dq, dk, dv;
+};
+
+// A key tile of one part, and the query tiles [first, end) that see it.
+struct BackwardTile {
+  int batch, key_head, part, key, first, end;
+};
+
+// Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
+// differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
+template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
+  BackwardTile t;
+  const bool by_tile = C::INTERVAL || p.causal;
+  const int tile = by_tile ? blockIdx.z : blockIdx.x;
+  t.key_head = by_tile ? blockIdx.x : blockIdx.y;
+  t.batch = by_tile ? blockIdx.y : blockIdx.z;
+  t.part = 0;
+  t.key = tile * C::KEYS;
+  if (p.key_tiles_per_part < p.key_tiles) {
+    t.part = tile / p.key_tiles_per_part;
+    t.key -= t.part * p.key_tiles_per_part * C::KEYS;
+  }
+  t.first = 0;
+  t.end = p.query_tiles;
+  if constexpr (C::INTERVAL) {
+    t.first = p.query_lo[t.key] / C::QUERIES;
+    t.end = (p.query_hi[min(t.key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES;
+  } else if (p.causal) {
+    t.first = max(0, t.key - p.offset) / C::QUERIES;
+  }
+  t.end = min(t.end, p.query_tiles);
+  t.first = min(t.first, t.end);
+  return t;
+}
+
+// A place in a ring of STAGES buffers, and the parity of the current round.
+template <int STAGES> struct Ring {
+  int stage = 0, parity = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  DEVICE Ring before() const { return stage == 0 ? Ring{STAGES - 1, parity ^ 1} : Ring{stage - 1, parity}; }
+};
+
+// The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
+// consumers leave. All walk over the same tiles.
+template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
+  const int group = p.nheads / p.nheads_kv;
+  for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
+    for (int tile = t.first; tile < t.end; tile++) visit(tile, head);
+  }
+}
+
+template <class C> DEVICE void load_keys(const BackwardMaps& maps, const BackwardTile& t, uint32_t base) {
+  using S = BackwardShared<C>;
+  barrier_expect(base + S::KV_FULL, 2 * C::KEY_BYTES);
+  for (int block = 0; block < C::BLOCKS; block++) {
+    const BoxAt at = {64 * block, t.key, t.key_head, t.batch, t.part};
+    load_box(base + S::K + block * (C::KEYS * 128), &maps.k, base + S::KV_FULL, at, kEvictFirst);
+    load_box(base + S::V + block * (C::KEYS * 128), &maps.v, base + S::KV_FULL, at, kEvictFirst);
+  }
+}
+
+// Tiles of queries, or of dout, into a ring.
+template <class C, int STAGES>
+DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const BackwardTile& t, uint32_t target,
+                       uint32_t full, uint32_t empty) {
+  Ring<STAGES> ring;
+  for_each_tile(p, t, [&](int tile, int head) {
+    const uint32_t ready = full + 8 * ring.stage;
+    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    barrier_expect(ready, C::QUERY_BYTES);
+    for (int block = 0; block < C::BLOCKS; block++) {
+      load_box(target + ring.stage * C::QUERY_BYTES + block * (C::QUERIES * 128), map, ready,
+               {64 * block, tile * C::QUERIES, head, t.batch, 0}, kEvictLast);
+    }
+    ring.advance();
+  });
+}
+
+// lse, or delta, of each tile as accumulators start with it: times `factor` plus `shift`. Rows outside the sequence get
+// `outside`.
+template <class C, int STAGES>
+DEVICE void load_rows(const float* from, int64_t head_stride, float factor, float shift, float outside,
+                      const BackwardParams& p, const BackwardTile& t, uint32_t target, uint32_t full, uint32_t empty) {
+  const int lane = threadIdx.x & 31;
+  Ring<STAGES> ring;
+  for_each_tile(p, t, [&](int tile, int head) {
+    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    for (int r = lane; r < C::QUERIES; r += 32) {
+      const int row = tile * C::QUERIES + r;
+      const float x = row < p.seqlen_q ? from[head * head_stride + row] : outside;
+      const float y = x == -INFINITY ? x : fmaf(x, factor, shift);
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage * C::QUERIES + r)), "f"(y) : "memory");
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(full + 8 * ring.stage);
+    ring.advance();
+  });
+}
+
+// `warp`: which producer this is.
+template <class C>
+DEVICE void backward_producer(const BackwardMaps& maps, const BackwardParams& p, uint32_t base, int warp) {
+  using S = BackwardShared<C>;
+  const BackwardTile t = decode<C>(p);
+  if (t.first >= t.end) return;
+  const bool first_lane = (threadIdx.x & 31) == 0;
+  if (warp == 0 && first_lane) {
+    load_keys<C>(maps, t, base);
+    load_tiles<C, C::Q_STAGES>(&maps.q, p, t, base + S::Q, base + S::Q_FULL, base + S::Q_EMPTY);
+  } else if (warp == 1 && first_lane) {
+    load_tiles<C, C::DOUT_STAGES>(&maps.dout, p, t, base + S::DOUT, base + S::DOUT_FULL, base + S::DOUT_EMPTY);
+  } else if (warp == 2) {
+    // Rows without keys keep -inf, and rows outside get it, so that their P is 0.
+    const float factor = C::SOFTCAP ? -kLog2E : -1.f / p.scale, shift = C::SCALED ? p.lse_shift : 0.f;
+    load_rows<C, C::Q_STAGES>(p.lse + t.batch * p.lse_batch, p.lse_head, factor, shift, -INFINITY, p, t, base + S::LSE,
+                              base + S::Q_FULL, base + S::Q_EMPTY);
+  } else if (warp == 3) {
+    load_rows<C, C::DOUT_STAGES>(p.delta + t.batch * p.delta_batch, p.delta_head, -1.f, 0.f, 0.f, p, t, base + S::DELTA,
+                                 base + S::DOUT_FULL, base + S::DOUT_EMPTY);
+  }
+}
+
+// A warpgroup's 64 keys. Accumulators of scores: keys are rows (r0 and r0 + 8 are this thread's), queries columns.
+template <class C> struct BackwardConsumer {
+  using S = BackwardShared<C>;
+  using T = typename C::T;
+  static constexpr int D = C::D, QUERIES = C::QUERIES;
+
+  const BackwardMaps& maps;
+  const BackwardParams& p;
+  uint8_t* shared;
+  uint32_t base;
+  int warpgroup, warp, lane, batch;
+  Ring<C::Q_STAGES> q;
+  Ring<C::DOUT_STAGES> dout;
+  Ring<C::DS_SLOTS> slot;             // of dS
+  int late_tile = -1, late_head = 0;  // whose dQ is next
+  float dk[D / 2], dv[D / 2];
+  float probabilities[QUERIES / 2];  // scores, then P
+  float dp[QUERIES / 2];
+  uint32_t packed_p[QUERIES / 4], packed_ds[QUERIES / 4];
+  int lo0, lo1, hi0, hi1;  // queries that see keys r0 and r0 + 8, less this thread's first column; hi: INTERVAL only
+  int inner_first, inner_end;  // queries that see all of the warpgroup's keys; end: INTERVAL only
+
+  DEVICE BackwardConsumer(const BackwardMaps& maps, const BackwardParams& p, uint8_t* shared)
+      : maps(maps), p(p), shared(shared), base(shared_address(shared)) {
+    const int index = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
+    warpgroup = index >> 2;
+    warp = index & 3;
+    lane = threadIdx.x & 31;
+  }
+
+  // The descriptor of what lies `offset` bytes after the start of shared memory. Made anew for every product: as values
+  // kept in the loop, descriptors would take the registers that accumulators need.
+  DEVICE uint64_t tile(int offset, int lead = 0) const {
+    return descriptor((opaque(base) >> 4) + (offset >> 4) + ((lead >> 4) << 16));
+  }
+
+  // The keys' side of a product with a tile of queries, both K-major.
+  template <bool FIRST> DEVICE void multiply_rows(float (&x)[QUERIES / 2], int keys, int queries) {
+    const uint64_t a = tile(keys + warpgroup * 8192), b = tile(queries);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      const uint64_t ak = a + (k / 4) * moved(C::KEYS * 128) + (k % 4) * 2;
+      const uint64_t bk = b + (k / 4) * moved(QUERIES * 128) + (k % 4) * 2;
+      if (FIRST && k == 0) {
+        wgmma_ss_first<T>(x, ak, bk);
+      } else {
+        wgmma_ss<T>(x, ak, bk);
+      }
+    }
+    wgmma_commit();
+  }
+  // Sums over queries: x += scores^T y.
+  DEVICE void multiply_columns(float (&x)[D / 2], const uint32_t (&scores)[QUERIES / 4], int y) {
+    const uint64_t b = tile(y, QUERIES * 128);
+#pragma unroll
+    for (int k = 0; k < QUERIES / 16; k++) {
+      const uint32_t* s = scores + 4 * k;
+      wgmma_rs<T>(x, s[0], s[1], s[2], s[3], b + k * moved(2048));
+    }
+    wgmma_commit();
+  }
+  // This warpgroup's part of dQ, transposed: columns of K (rows of the product) by queries, summed over all 128 keys.
+  DEVICE void multiply_dq(float (&dq)[C::DQ_ROWS / 2], int slot) {
+    const uint64_t a = tile(S::K + (D == 128 ? warpgroup * (C::KEYS * 128) : 0));
+    // For D = 64 a warpgroup takes its half of the queries, which are rows here.
+    const uint64_t b = tile(S::DS + slot * C::SCORE_BYTES + (D == 128 ? 0 : warpgroup * (C::DQ_ROWS * 128)));
+#pragma unroll
+    for (int k = 0; k < C::KEYS / 16; k++) {
+      const uint64_t bk = b + (k / 4) * moved(QUERIES * 128) + (k % 4) * 2;
+      if (k == 0) {
+        wgmma_st_first<T>(dq, a + k * moved(2048), bk);
+      } else {
+        wgmma_st<T>(dq, a + k * moved(2048), bk);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Starts an accumulator of scores with one number per query.
+  DEVICE void start_with(float (&x)[QUERIES / 2], int vectors, int stage) {
+    const float* from = reinterpret_cast<const float*>(shared + vectors) + stage * QUERIES + 2 * (lane & 3);
+#pragma unroll
+    for (int j = 0; j < QUERIES / 8; j++) {
+      const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
+      x[4 * j] = x[4 * j + 2] = y.x;
+      x[4 * j + 1] = x[4 * j + 3] = y.y;
+    }
+  }
+  DEVICE void multiply_scores(int stage) {
+    if constexpr (!C::SOFTCAP) start_with(probabilities, S::LSE, stage);
+    pin(probabilities);
+    wgmma_fence();
+    multiply_rows<C::SOFTCAP>(probabilities, S::K, S::Q + stage * C::QUERY_BYTES);
+  }
+
+  // Scores of query tile `tile` become P.
+  DEVICE void exponentials(int tile, int stage) {
+    if constexpr (C::SOFTCAP) {
+      const float* from = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
+#pragma unroll
+      for (int j = 0; j < QUERIES / 8; j++) {
+        const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          float& x = probabilities[4 * j + c];
+          x = exp2_fast(fmaf(tanh_exact(x * p.score_scale), p.scale_log2, c % 2 ? y.y : y.x));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < QUERIES / 2; i++) probabilities[i] = exp2_fast(probabilities[i] * p.scale_log2);
+    }
+    const int query = tile * QUERIES;
+    if (query < inner_first || (C::INTERVAL && query + QUERIES > inner_end)) {
+#pragma unroll
+      for (int j = 0; j < QUERIES / 8; j++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int i = query + 8 * j + c;
+          if (i < lo0 || (C::INTERVAL && i >= hi0)) probabilities[4 * j + c] = 0.f;
+          if (i < lo1 || (C::INTERVAL && i >= hi1)) probabilities[4 * j + 2 + c] = 0.f;
+        }
+      }
+    }
+  }
+  DEVICE void pack_probabilities() {
+#pragma unroll
+    for (int i = 0; i < QUERIES / 4; i++) packed_p[i] = pack<T>(probabilities[2 * i], probabilities[2 * i + 1]);
+  }
+  // dS = P (dP - delta), times the derivative of the cap.
+  DEVICE void form_ds(int stage) {
+    if constexpr (C::SOFTCAP) {
+      // The capped score again, from P: its own registers would be too many.
+      const float* from = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
+      const float inverse = 1.f / p.scale_log2;
+#pragma unroll
+      for (int j = 0; j < QUERIES / 8; j++) {
+        const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          const float x = probabilities[4 * j + c];
+          const float capped = x == 0.f ? 0.f : (__log2f(x) - (c % 2 ? y.y : y.x)) * inverse;
+          dp[4 * j + c] *= 1.f - capped * capped;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < QUERIES / 4; i++) {
+      packed_ds[i] = pack<T>(probabilities[2 * i] * dp[2 * i], probabilities[2 * i + 1] * dp[2 * i + 1]);
+    }
+  }
+  // To shared memory, queries as rows: [key block of this warpgroup][query][64 keys].
+  DEVICE void store_ds(int slot) {
+    const uint32_t target = base + S::DS + slot * C::SCORE_BYTES + warpgroup * (C::SCORE_BYTES / 2);
+    const int chunk = warp * 2 + ((lane >> 3) & 1), query = (lane & 7) + (lane >> 4) * 8;
+#pragma unroll
+    for (int k = 0; k < QUERIES / 16; k++) {
+      const uint32_t* x = packed_ds + 4 * k;
+      store_matrices_transposed(target + k * 2048 + swizzled(query, chunk), x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // The pair of warps whose rows are one block of 32 columns of dQ.
+  DEVICE int pair() const { return 2 * warpgroup + (warp >> 1); }
+  DEVICE bool issues() const { return (threadIdx.x & 63) == 0; }
+  // Rows of the product (columns of dQ) 16 warp + lane / 4 + {0, 8}; its columns are queries.
+  DEVICE void store_dq(const float (&dq)[C::DQ_ROWS / 2], int tile, int head) {
+    const uint32_t block = base + S::DQ + pair() * (C::DQ_BYTES / 2);
+    const int column = (warp & 1) * 16 + (lane >> 2);
+    const float factor = C::SCALED ? 1.f : p.scale;
+#pragma unroll
+    for (int j = 0; j < C::DQ_ROWS / 8; j++) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const int row = 8 * j + 2 * (lane & 3) + (c & 1), d = column + 8 * (c >> 1);
+        const float x = C::SCALED ? dq[4 * j + c] : dq[4 * j + c] * factor;
+        *reinterpret_cast<float*>(shared + (block - base) + swizzled(row, d / 4) + (d % 4) * 4) = x;
+      }
+    }
+    shared_to_async();
+    named_sync(2 + pair(), 64);
+    if (issues()) {
+      const int row = tile * QUERIES + (D == 128 ? 0 : warpgroup * C::DQ_ROWS);
+      const int block_column = (D == 128 ? 64 * warpgroup : 0) + 32 * (warp >> 1);
+      add_box(&maps.dq, block, {block_column, row, head, batch, 0});
+      bulk_commit();
+    }
+  }
+
+  DEVICE void set_bounds(int tile_key) {
+    const int first = tile_key + 64 * warpgroup, key = first + warp * 16 + (lane >> 2), column = 2 * (lane & 3);
+    const int last_key = p.seqlen_k - 1;
+    constexpr int kNever = 1 << 30;
+    lo0 = lo1 = inner_first = -kNever;
+    if constexpr (C::INTERVAL) {
+      lo0 = p.query_lo[min(key, last_key)];
+      lo1 = p.query_lo[min(key + 8, last_key)];
+      hi0 = p.query_hi[min(key, last_key)] - column;
+      hi1 = p.query_hi[min(key + 8, last_key)] - column;
+      inner_first = p.query_lo[min(first + 63, last_key)];
+      inner_end = p.query_hi[min(first, last_key)];
+    } else if (p.causal) {
+      lo0 = key - p.offset;
+      lo1 = lo0 + 8;
+      inner_first = first + 63 - p.offset;
+    }
+    if (key > last_key) lo0 = kNever;
+    if (key + 8 > last_key) lo1 = kNever;
+    if (first + 63 > last_key) inner_first = kNever;
+    lo0 -= column;
+    lo1 -= column;
+  }
+
+  // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
+  DEVICE void step(int tile, int head, int next_tile, bool more) {
+    barrier_wait(base + S::DOUT_FULL + 8 * dout.stage, dout.parity);
+    start_with(dp, S::DELTA, dout.stage);
+    pin(dp);
+    pin(packed_p);
+    pin(dv);
+    wgmma_fence();
+    multiply_rows<false>(dp, S::V, S::DOUT + dout.stage * C::QUERY_BYTES);
+    multiply_columns(dv, packed_p, S::DOUT + dout.stage * C::QUERY_BYTES);
+    wgmma_wait<0>();
+    pin(dp);
+    pin(dv);
+    pin(packed_p);
+    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout.stage);
+    form_ds(q.stage);
+    pin(packed_ds);
+    const int stage = q.stage;
+    q.advance();
+    dout.advance();
+    // After the last tile there is no next: its scores are those of a stale tile, and nobody reads them.
+    if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage, q.parity);
+    multiply_scores(q.stage);
+    pin(dk);
+    wgmma_fence();
+    multiply_columns(dk, packed_ds, S::Q + stage * C::QUERY_BYTES);
+    // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
+    const Ring<C::DS_SLOTS> before = slot.before();
+    if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
+    store_ds(slot.stage);
+    shared_to_async();
+    if (issues()) bulk_wait_read();  // the dQ tile before has left its memory
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage);
+    wgmma_fence();
+    auto& dq = reinterpret_cast<float (&)[C::DQ_ROWS / 2]>(dp);  // dP is not needed any more
+    multiply_dq(dq, before.stage);                               // beside the first tile: of stale memory, dropped
+    wgmma_wait<1>();
+    pin(probabilities);
+    pin(dk);
+    pin(packed_ds);
+    if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * stage);
+    exponentials(next_tile, q.stage);
+    pin(probabilities);
+    wgmma_wait<0>();
+    pin(dq);
+    named_sync(2 + pair(), 64);
+    if (late_tile >= 0) store_dq(dq, late_tile, late_head);
+    late_tile = tile;
+    late_head = head;
+    slot.advance();
+    pack_probabilities();
+  }
+
+  // This warpgroup's rows of dK and dV, through the memory of all tiles, to where they are kept.
+  DEVICE void store_dkdv(const BackwardTile& t) {
+    constexpr int kBlock = 64 * 128;  // 64 keys by 32 columns of fp32
+    const int r0 = warp * 16 + (lane >> 2);
+    const auto stage = [&](const float (&x)[D / 2], uint32_t offset, float factor) {
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        uint8_t* block = shared + offset + (i / 4) * kBlock;
+        const int chunk = 2 * (i % 4) + ((lane & 3) >> 1), rest = (lane & 1) * 8;
+        *reinterpret_cast<float2*>(block + swizzled(r0, chunk) + rest) =
+            make_float2(x[4 * i] * factor, x[4 * i + 1] * factor);
+        *reinterpret_cast<float2*>(block + swizzled(r0 + 8, chunk) + rest) =
+            make_float2(x[4 * i + 2] * factor, x[4 * i + 3] * factor);
+      }
+    };
+    if (issues()) bulk_wait_read();
+    named_sync(1, 256);  // nobody multiplies or adds from this memory any more
+    const uint32_t memory = warpgroup * (2 * 64 * D * 4);
+    stage(dv, memory, C::SCALED ? 1.f / p.scale : 1.f);
+    stage(dk, memory + 64 * D * 4, C::SCALED ? 1.f : p.scale);
+    shared_to_async();
+    named_sync(6 + warpgroup, 128);
+    if ((threadIdx.x & 127) == 0) {
+      for (int block = 0; block < D / 32; block++) {
+        const BoxAt at = {32 * block, t.key + 64 * warpgroup, t.key_head, t.batch, t.part};
+        const uint32_t dv_from = base + memory + block * kBlock, dk_from = dv_from + 64 * D * 4;
+        if (p.carry_dkv) {
+          add_box(&maps.dv, dv_from, at);
+          add_box(&maps.dk, dk_from, at);
+        } else {
+          store_box(&maps.dv, dv_from, at);
+          store_box(&maps.dk, dk_from, at);
+        }
+      }
+      bulk_commit();
+    }
+  }
+
+  DEVICE void run() {
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0.f;
+    bool any;
+    {
+      const BackwardTile t = decode<C>(p);
+      const int group = p.nheads / p.nheads_kv;
+      any = t.first < t.end;
+      if (any) {
+        batch = t.batch;
+        set_bounds(t.key);
+        barrier_wait(base + S::KV_FULL, 0);
+        barrier_wait(base + S::Q_FULL, 0);
+        multiply_scores(0);
+        wgmma_wait<0>();
+        pin(probabilities);
+        exponentials(t.first, 0);
+        pack_probabilities();
+        for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
+          for (int tile = t.first; tile < t.end; tile++) {
+            const bool more = tile + 1 < t.end || head + 1 < (t.key_head + 1) * group;
+            step(tile, head, tile + 1 < t.end ? tile + 1 : t.first, more);
+          }
+        }
+        const Ring<C::DS_SLOTS> before = slot.before();
+        barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
+        wgmma_fence();
+        auto& dq = reinterpret_cast<float (&)[C::DQ_ROWS / 2]>(dp);
+        multiply_dq(dq, before.stage);
+        if (issues()) bulk_wait_read();
+        wgmma_wait<0>();
+        pin(dq);
+        named_sync(2 + pair(), 64);
+        store_dq(dq, late_tile, late_head);
+      }
+    }
+    if (any || !p.carry_dkv) store_dkdv(decode<C>(p));  // again, so that nothing of it lives in the loop
+    bulk_wait();
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams p) {
+  using S = BackwardShared<C>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
+  if (threadIdx.x == 0) {
+    barrier_init(base + S::KV_FULL, 1);
+    for (int s = 0; s < C::Q_STAGES; s++) {
+      barrier_init(base + S::Q_FULL + 8 * s, 2);  // the copy engine's bytes, and the warp that brings lse
+      barrier_init(base + S::Q_EMPTY + 8 * s, 8);
+    }
+    for (int s = 0; s < C::DOUT_STAGES; s++) {
+      barrier_init(base + S::DOUT_FULL + 8 * s, 2);
+      barrier_init(base + S::DOUT_EMPTY + 8 * s, 8);
+    }
+    for (int s = 0; s < C::DS_SLOTS; s++) barrier_init(base + S::DS_FULL + 8 * s, 8);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp >= 8) {
+    release_registers<24>();
+    backward_producer<C>(maps, p, base, warp - 8);
+  } else {
+    claim_registers<240>();
+    BackwardConsumer<C>(maps, p, shared).run();
+  }
+}
+
+}  // namespace seqpar::sm90

@@ -1,0 +1,68 @@
+// From the C interface's arguments to a launch of the backward kernel.
+#pragma once
+#include <math.h>
+
+#include "../common/launch.h"
+#include "../common/tensor_map.h"
+#include "../small/launch.h"
+#include "backward_instances.h"
+#include "backward_kernel.cuh"
+
+namespace seqpar::sm90 {
+
+template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t stream) {
+  const SeqparProblem& x = a.problem;
+  const Element element = x.dtype == SEQPAR_BF16 ? Element::kBf16 : Element::kFp16;
+  const auto queries = [&](const void* pointer, Element element, const SeqparStrides& strides) {
+    return Tiled{pointer, element, 1, x.batch, x.seqlen_q, x.nheads, x.headdim, strides};
+  };
+  const auto keys = [&](const void* pointer, Element element, const SeqparStrides& strides) {
+    return Tiled{pointer, element, x.parts, x.batch, x.seqlen_k, x.nheads_kv, x.headdim, strides};
+  };
+  BackwardMaps maps;
+  int32_t error = make_tensor_map(&maps.q, queries(a.q, element, a.q_strides), C::QUERIES);
+  if (!error) error = make_tensor_map(&maps.k, keys(a.k, element, a.k_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.v, keys(a.v, element, a.v_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.dout, queries(a.dout, element, a.dout_strides), C::QUERIES);
+  if (!error) error = make_tensor_map(&maps.dq, queries(a.dq, Element::kFp32, a.dq_strides), C::DQ_ROWS);
+  if (!error) error = make_tensor_map(&maps.dk, keys(a.dk, Element::kFp32, a.dk_strides), 64);
+  if (!error) error = make_tensor_map(&maps.dv, keys(a.dv, Element::kFp32, a.dv_strides), 64);
+  if (error) return error;
+
+  BackwardParams p = {};
+  p.lse = a.lse;
+  p.delta = a.delta;
+  p.lse_batch = a.lse_strides.batch;
+  p.lse_head = a.lse_strides.head;
+  p.delta_batch = a.delta_strides.batch;
+  p.delta_head = a.delta_strides.head;
+  p.query_lo = x.query_lo;
+  p.query_hi = x.query_hi;
+  p.seqlen_q = x.seqlen_q;
+  p.seqlen_k = x.seqlen_k;
+  p.batch = x.batch;
+  p.nheads = x.nheads;
+  p.nheads_kv = x.nheads_kv;
+  p.causal = x.mask == SEQPAR_CAUSAL;
+  p.offset = x.offset;
+  p.query_tiles = (x.seqlen_q + C::QUERIES - 1) / C::QUERIES;
+  p.key_tiles_per_part = (x.seqlen_k + C::KEYS - 1) / C::KEYS;
+  p.key_tiles = p.key_tiles_per_part * x.parts;
+  p.carry_dkv = a.carry_dkv;
+  p.scale = x.softmax_scale;
+  p.score_scale = C::SOFTCAP ? x.softmax_scale / x.softcap : 1.f;
+  p.scale_log2 = (C::SOFTCAP ? x.softcap : x.softmax_scale) * kLog2E;
+  p.lse_shift = log2f(x.softmax_scale) / p.scale_log2;
+
+  if (!a.carry_dq) {
+    if (cudaError_t e = zero(a.dq, a.dq_strides, x.batch, x.seqlen_q, x.nheads, x.headdim, stream)) return e;
+  }
+  const auto kernel = backward_kernel<C>;
+  if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
+  const bool by_tile = C::INTERVAL || p.causal;
+  const dim3 grid = by_tile ? dim3(x.nheads_kv, x.batch, p.key_tiles) : dim3(p.key_tiles, x.nheads_kv, x.batch);
+  kernel<<<grid, C::THREADS, C::SHARED, stream>>>(maps, p);
+  return cudaGetLastError();
+}
+
+}  // namespace seqpar::sm90

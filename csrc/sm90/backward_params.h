@@ -1,0 +1,24 @@
+// What the backward kernel is told besides its tensor maps.
+#pragma once
+#include <stdint.h>
+
+namespace seqpar::sm90 {
+
+struct BackwardParams {
+  const float* lse;                                      // [batch, nheads, seqlen_q], natural logarithm
+  const float* delta;                                    // [batch, nheads, seqlen_q]
+  int64_t lse_batch, lse_head, delta_batch, delta_head;  // strides in elements
+  const int32_t* query_lo;                               // [seqlen_k], INTERVAL
+  const int32_t* query_hi;
+  int* order;  // deterministic: [batch, nheads, query tiles, blocks of dq], zeroed ints, returned zeroed
+  int seqlen_q, seqlen_k, batch, nheads, nheads_kv;
+  int causal, offset;
+  int query_tiles, key_tiles;  // per head; of all parts
+  int key_tiles_per_part;
+  int carry_dkv;
+  float scale, scale_log2;  // softmax_scale; softcap only: exponents of two from capped scores
+  float score_scale;        // softcap only: scores times this are capped by tanh
+  float lse_shift;          // what makes P come out times softmax_scale
+};
+
+}  // namespace seqpar::sm90
