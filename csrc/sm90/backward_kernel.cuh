@@ -24,8 +24,10 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
   // A warpgroup makes 64 columns of dQ: for D = 128 its half of them, for D = 64 those of its half of the queries.
   static constexpr int DQ_ROWS = D == 128 ? QUERIES : QUERIES / 2, DQ_BYTES = DQ_ROWS * 64 * 4;
-  // P times softmax_scale is used throughout where the range of the format allows it: dS and dQ then have it for free.
-  static constexpr bool SCALED = T::is_bf16 && !SOFTCAP;
+  // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as fp16
+  // of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
+  static constexpr bool AHEAD = D == 128 && T::is_bf16;
+  static constexpr int SHIFT = AHEAD ? 14 : 0;  // P is 2^SHIFT times itself throughout
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
   static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 128;
@@ -163,7 +165,8 @@ DEVICE void backward_producer(const BackwardMaps& maps, const BackwardParams& p,
     load_tiles<C, C::DOUT_STAGES>(&maps.dout, p, t, base + S::DOUT, base + S::DOUT_FULL, base + S::DOUT_EMPTY);
   } else if (warp == 2) {
     // Rows without keys keep -inf, and rows outside get it, so that their P is 0.
-    const float factor = C::SOFTCAP ? -kLog2E : -1.f / p.scale, shift = C::SCALED ? p.lse_shift : 0.f;
+    const float factor = C::SOFTCAP ? -kLog2E : -1.f / p.scale;
+    const float shift = C::SOFTCAP ? C::SHIFT : C::SHIFT / p.scale_log2;
     load_rows<C, C::Q_STAGES>(p.lse + t.batch * p.lse_batch, p.lse_head, factor, shift, -INFINITY, p, t, base + S::LSE,
                               base + S::Q_FULL, base + S::Q_EMPTY);
   } else if (warp == 3) {
@@ -177,6 +180,7 @@ template <class C> struct BackwardConsumer {
   using S = BackwardShared<C>;
   using T = typename C::T;
   static constexpr int D = C::D, QUERIES = C::QUERIES;
+  static constexpr float kUnshift = 1.f / (1 << C::SHIFT);
 
   const BackwardMaps& maps;
   const BackwardParams& p;
@@ -190,7 +194,7 @@ template <class C> struct BackwardConsumer {
   float dk[D / 2], dv[D / 2];
   float probabilities[QUERIES / 2];  // scores, then P
   float dp[QUERIES / 2];
-  uint32_t packed_p[QUERIES / 4], packed_ds[QUERIES / 4];
+  uint32_t packed_p[QUERIES / 4], half_p[QUERIES / 4], packed_ds[QUERIES / 4];
   int lo0, lo1, hi0, hi1;  // queries that see keys r0 and r0 + 8, less this thread's first column; hi: INTERVAL only
   int inner_first, inner_end;  // queries that see all of the warpgroup's keys; end: INTERVAL only
 
@@ -299,28 +303,33 @@ template <class C> struct BackwardConsumer {
   }
   DEVICE void pack_probabilities() {
 #pragma unroll
-    for (int i = 0; i < QUERIES / 4; i++) packed_p[i] = pack<T>(probabilities[2 * i], probabilities[2 * i + 1]);
+    for (int i = 0; i < QUERIES / 4; i++) {
+      packed_p[i] = pack<T>(probabilities[2 * i], probabilities[2 * i + 1]);
+      if constexpr (C::AHEAD) half_p[i] = pack<Fp16>(probabilities[2 * i], probabilities[2 * i + 1]);
+    }
   }
   // dS = P (dP - delta), times the derivative of the cap.
   DEVICE void form_ds(int stage) {
-    if constexpr (C::SOFTCAP) {
-      // The capped score again, from P: its own registers would be too many.
-      const float* from = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
-      const float inverse = 1.f / p.scale_log2;
+    const float* lse = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
 #pragma unroll
-      for (int j = 0; j < QUERIES / 8; j++) {
-        const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
+    for (int j = 0; j < QUERIES / 8; j++) {
+      float x[4];
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-          const float x = probabilities[4 * j + c];
-          const float capped = x == 0.f ? 0.f : (__log2f(x) - (c % 2 ? y.y : y.x)) * inverse;
-          dp[4 * j + c] *= 1.f - capped * capped;
+      for (int i = 0; i < 2; i++) {
+        float2 y = make_float2(probabilities[4 * j + 2 * i], probabilities[4 * j + 2 * i + 1]);
+        if constexpr (C::AHEAD) y = unpack<Fp16>(half_p[2 * j + i]);
+        x[2 * i] = y.x * dp[4 * j + 2 * i];
+        x[2 * i + 1] = y.y * dp[4 * j + 2 * i + 1];
+        if constexpr (C::SOFTCAP) {  // the capped scores again, from P: to keep them would take too many registers
+          const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j);
+          const float t0 = y.x == 0.f ? 0.f : (__log2f(y.x) - l.x) / p.scale_log2;
+          const float t1 = y.y == 0.f ? 0.f : (__log2f(y.y) - l.y) / p.scale_log2;
+          x[2 * i] *= 1.f - t0 * t0;
+          x[2 * i + 1] *= 1.f - t1 * t1;
         }
       }
-    }
-#pragma unroll
-    for (int i = 0; i < QUERIES / 4; i++) {
-      packed_ds[i] = pack<T>(probabilities[2 * i] * dp[2 * i], probabilities[2 * i + 1] * dp[2 * i + 1]);
+      packed_ds[2 * j] = pack<T>(x[0], x[1]);
+      packed_ds[2 * j + 1] = pack<T>(x[2], x[3]);
     }
   }
   // To shared memory, queries as rows: [key block of this warpgroup][query][64 keys].
@@ -341,14 +350,13 @@ template <class C> struct BackwardConsumer {
   DEVICE void store_dq(const float (&dq)[C::DQ_ROWS / 2], int tile, int head) {
     const uint32_t block = base + S::DQ + pair() * (C::DQ_BYTES / 2);
     const int column = (warp & 1) * 16 + (lane >> 2);
-    const float factor = C::SCALED ? 1.f : p.scale;
+    const float factor = p.scale * kUnshift;
 #pragma unroll
     for (int j = 0; j < C::DQ_ROWS / 8; j++) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const int row = 8 * j + 2 * (lane & 3) + (c & 1), d = column + 8 * (c >> 1);
-        const float x = C::SCALED ? dq[4 * j + c] : dq[4 * j + c] * factor;
-        *reinterpret_cast<float*>(shared + (block - base) + swizzled(row, d / 4) + (d % 4) * 4) = x;
+        *reinterpret_cast<float*>(shared + (block - base) + swizzled(row, d / 4) + (d % 4) * 4) = dq[4 * j + c] * factor;
       }
     }
     shared_to_async();
@@ -387,30 +395,40 @@ template <class C> struct BackwardConsumer {
 
   // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
   DEVICE void step(int tile, int head, int next_tile, bool more) {
-    barrier_wait(base + S::DOUT_FULL + 8 * dout.stage, dout.parity);
-    start_with(dp, S::DELTA, dout.stage);
+    auto& dq = reinterpret_cast<float(&)[C::DQ_ROWS / 2]>(dp);  // has dP's registers when that is not needed any more
+    const int q_stage = q.stage, dout_stage = dout.stage;
+    barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity);
+    q.advance();
+    dout.advance();
+    start_with(dp, S::DELTA, dout_stage);
     pin(dp);
     pin(packed_p);
     pin(dv);
     wgmma_fence();
-    multiply_rows<false>(dp, S::V, S::DOUT + dout.stage * C::QUERY_BYTES);
-    multiply_columns(dv, packed_p, S::DOUT + dout.stage * C::QUERY_BYTES);
+    multiply_rows<false>(dp, S::V, S::DOUT + dout_stage * C::QUERY_BYTES);
+    multiply_columns(dv, packed_p, S::DOUT + dout_stage * C::QUERY_BYTES);
+    const auto next_scores = [&] {
+      // After the last tile there is no next: its scores are those of a stale tile, and nobody reads them.
+      if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage, q.parity);
+      multiply_scores(q.stage);
+    };
+    const auto multiply_dk = [&] {
+      pin(dk);
+      wgmma_fence();
+      multiply_columns(dk, packed_ds, S::Q + q_stage * C::QUERY_BYTES);
+    };
     wgmma_wait<0>();
     pin(dp);
     pin(dv);
     pin(packed_p);
-    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout.stage);
-    form_ds(q.stage);
+    if constexpr (C::AHEAD) next_scores();
+    form_ds(q_stage);
     pin(packed_ds);
-    const int stage = q.stage;
-    q.advance();
-    dout.advance();
-    // After the last tile there is no next: its scores are those of a stale tile, and nobody reads them.
-    if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage, q.parity);
-    multiply_scores(q.stage);
-    pin(dk);
-    wgmma_fence();
-    multiply_columns(dk, packed_ds, S::Q + stage * C::QUERY_BYTES);
+    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);
+    if constexpr (!C::AHEAD) {
+      next_scores();
+      multiply_dk();
+    }
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
     const Ring<C::DS_SLOTS> before = slot.before();
     if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
@@ -420,23 +438,38 @@ template <class C> struct BackwardConsumer {
     __syncwarp();
     if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage);
     wgmma_fence();
-    auto& dq = reinterpret_cast<float (&)[C::DQ_ROWS / 2]>(dp);  // dP is not needed any more
-    multiply_dq(dq, before.stage);                               // beside the first tile: of stale memory, dropped
-    wgmma_wait<1>();
+    multiply_dq(dq, before.stage);  // beside the first tile: of stale memory, dropped
+    if constexpr (C::AHEAD) multiply_dk();
+    wgmma_wait<C::AHEAD ? 2 : 1>();
     pin(probabilities);
-    pin(dk);
-    pin(packed_ds);
-    if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * stage);
+    if constexpr (!C::AHEAD) {
+      pin(dk);
+      pin(packed_ds);
+      if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
+    }
     exponentials(next_tile, q.stage);
-    pin(probabilities);
-    wgmma_wait<0>();
+    if constexpr (C::AHEAD) {
+      pack_probabilities();
+      pin(packed_p);
+      pin(half_p);
+    } else {
+      pin(probabilities);
+    }
+    wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
     named_sync(2 + pair(), 64);
     if (late_tile >= 0) store_dq(dq, late_tile, late_head);
+    if constexpr (C::AHEAD) {
+      wgmma_wait<0>();
+      pin(dk);
+      pin(packed_ds);
+      if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
+    } else {
+      pack_probabilities();
+    }
     late_tile = tile;
     late_head = head;
     slot.advance();
-    pack_probabilities();
   }
 
   // This warpgroup's rows of dK and dV, through the memory of all tiles, to where they are kept.
@@ -457,8 +490,8 @@ template <class C> struct BackwardConsumer {
     if (issues()) bulk_wait_read();
     named_sync(1, 256);  // nobody multiplies or adds from this memory any more
     const uint32_t memory = warpgroup * (2 * 64 * D * 4);
-    stage(dv, memory, C::SCALED ? 1.f / p.scale : 1.f);
-    stage(dk, memory + 64 * D * 4, C::SCALED ? 1.f : p.scale);
+    stage(dv, memory, kUnshift);
+    stage(dk, memory + 64 * D * 4, p.scale * kUnshift);
     shared_to_async();
     named_sync(6 + warpgroup, 128);
     if ((threadIdx.x & 127) == 0) {

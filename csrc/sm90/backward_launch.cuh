@@ -52,7 +52,6 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   p.scale = x.softmax_scale;
   p.score_scale = C::SOFTCAP ? x.softmax_scale / x.softcap : 1.f;
   p.scale_log2 = (C::SOFTCAP ? x.softcap : x.softmax_scale) * kLog2E;
-  p.lse_shift = log2f(x.softmax_scale) / p.scale_log2;
 
   if (!a.carry_dq) {
     if (cudaError_t e = zero(a.dq, a.dq_strides, x.batch, x.seqlen_q, x.nheads, x.headdim, stream)) return e;

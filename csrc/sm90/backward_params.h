@@ -18,7 +18,6 @@ struct BackwardParams {
   int carry_dkv;
   float scale, scale_log2;  // softmax_scale; softcap only: exponents of two from capped scores
   float score_scale;        // softcap only: scores times this are capped by tanh
-  float lse_shift;          // what makes P come out times softmax_scale
 };
 
 }  // namespace seqpar::sm90
