@@ -5,15 +5,13 @@ from pathlib import Path
 KINDS = {
     # name: (A in registers, A is MN-major, B is MN-major, columns N)
     "wgmma_ss": (False, False, False, (64, 80, 96, 112, 128)),
-    "wgmma_st": (False, True, False, (64, 80, 128)),
-    "wgmma_tt": (False, True, True, (64, 128)),
+    "wgmma_sb": (False, False, True, (64,)),
     "wgmma_rs": (True, False, True, (64, 128, 256)),
 }
 HEADER = """\
-// Written by generate_wgmma.py; do not edit. m64nNk16, D = A B + D, or D = A B for the functions called *_first, which do
-// not read D: ptxas then knows that the registers need no value. Last letters: where A comes from (s: shared memory,
-// K-major; t: shared memory, MN-major; r: registers), and how B lies in shared memory (s: K-major; t: MN-major). For
-// wgmma_st, A is MN-major and B K-major; for wgmma_rs, B is MN-major.
+// Written by generate_wgmma.py; do not edit. m64nNk16: D = A B + D, or D = A B for the functions called *_first, which do
+// not read D: ptxas then knows that its registers need no value before. wgmma_ss: A and B in shared memory, both K-major;
+// wgmma_sb: the same, B MN-major; wgmma_rs: A in registers, B MN-major in shared memory.
 #pragma once
 #include <stdint.h>
 

@@ -22,10 +22,12 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
   static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
-  // A warpgroup makes 64 columns of dQ: for D = 128 its half of them, for D = 64 those of its half of the queries.
-  static constexpr int DQ_ROWS = D == 128 ? QUERIES : QUERIES / 2, DQ_BYTES = DQ_ROWS * 64 * 4;
-  // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as fp16
-  // of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
+  // A warpgroup makes 64 rows by 64 columns of dQ: for D = 128 its half of the columns, for D = 64 its half of the
+  // rows.
+  static_assert(QUERIES * D == 2 * 64 * 64, "two warpgroups share a tile of dQ");
+  static constexpr int DQ_BYTES = 64 * 64 * 4;
+  // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as
+  // fp16 of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
   static constexpr bool AHEAD = D == 128 && T::is_bf16;
   static constexpr int SHIFT = AHEAD ? 14 : 0;  // P is 2^SHIFT times itself throughout
   static constexpr int TILES =
@@ -130,7 +132,7 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
   });
 }
 
-// lse, or delta, of each tile as accumulators start with it: times `factor` plus `shift`. Rows outside the sequence get
+// lse, or delta, of each tile, times `factor` plus `shift`. Rows outside the sequence get
 // `outside`.
 template <class C, int STAGES>
 DEVICE void load_rows(const float* from, int64_t head_stride, float factor, float shift, float outside,
@@ -165,12 +167,10 @@ DEVICE void backward_producer(const BackwardMaps& maps, const BackwardParams& p,
     load_tiles<C, C::DOUT_STAGES>(&maps.dout, p, t, base + S::DOUT, base + S::DOUT_FULL, base + S::DOUT_EMPTY);
   } else if (warp == 2) {
     // Rows without keys keep -inf, and rows outside get it, so that their P is 0.
-    const float factor = C::SOFTCAP ? -kLog2E : -1.f / p.scale;
-    const float shift = C::SOFTCAP ? C::SHIFT : C::SHIFT / p.scale_log2;
-    load_rows<C, C::Q_STAGES>(p.lse + t.batch * p.lse_batch, p.lse_head, factor, shift, -INFINITY, p, t, base + S::LSE,
-                              base + S::Q_FULL, base + S::Q_EMPTY);
+    load_rows<C, C::Q_STAGES>(p.lse + t.batch * p.lse_batch, p.lse_head, -kLog2E, C::SHIFT, -INFINITY, p, t,
+                              base + S::LSE, base + S::Q_FULL, base + S::Q_EMPTY);
   } else if (warp == 3) {
-    load_rows<C, C::DOUT_STAGES>(p.delta + t.batch * p.delta_batch, p.delta_head, -1.f, 0.f, 0.f, p, t, base + S::DELTA,
+    load_rows<C, C::DOUT_STAGES>(p.delta + t.batch * p.delta_batch, p.delta_head, 1.f, 0.f, 0.f, p, t, base + S::DELTA,
                                  base + S::DOUT_FULL, base + S::DOUT_EMPTY);
   }
 }
@@ -189,8 +189,9 @@ template <class C> struct BackwardConsumer {
   int warpgroup, warp, lane, batch;
   Ring<C::Q_STAGES> q;
   Ring<C::DOUT_STAGES> dout;
-  Ring<C::DS_SLOTS> slot;             // of dS
-  int late_tile = -1, late_head = 0;  // whose dQ is next
+  Ring<C::DS_SLOTS> slot;                 // of dS
+  int late_tile = -1, late_head = 0;      // whose dQ is multiplied next
+  int stored_tile = -1, stored_head = 0;  // whose dQ is added next
   float dk[D / 2], dv[D / 2];
   float probabilities[QUERIES / 2];  // scores, then P
   float dp[QUERIES / 2];
@@ -213,13 +214,13 @@ template <class C> struct BackwardConsumer {
   }
 
   // The keys' side of a product with a tile of queries, both K-major.
-  template <bool FIRST> DEVICE void multiply_rows(float (&x)[QUERIES / 2], int keys, int queries) {
+  DEVICE void multiply_rows(float (&x)[QUERIES / 2], int keys, int queries) {
     const uint64_t a = tile(keys + warpgroup * 8192), b = tile(queries);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
       const uint64_t ak = a + (k / 4) * moved(C::KEYS * 128) + (k % 4) * 2;
       const uint64_t bk = b + (k / 4) * moved(QUERIES * 128) + (k % 4) * 2;
-      if (FIRST && k == 0) {
+      if (k == 0) {
         wgmma_ss_first<T>(x, ak, bk);
       } else {
         wgmma_ss<T>(x, ak, bk);
@@ -237,56 +238,38 @@ template <class C> struct BackwardConsumer {
     }
     wgmma_commit();
   }
-  // This warpgroup's part of dQ, transposed: columns of K (rows of the product) by queries, summed over all 128 keys.
-  DEVICE void multiply_dq(float (&dq)[C::DQ_ROWS / 2], int slot) {
-    const uint64_t a = tile(S::K + (D == 128 ? warpgroup * (C::KEYS * 128) : 0));
-    // For D = 64 a warpgroup takes its half of the queries, which are rows here.
-    const uint64_t b = tile(S::DS + slot * C::SCORE_BYTES + (D == 128 ? 0 : warpgroup * (C::DQ_ROWS * 128)));
+  // This warpgroup's part of dQ = dS K, summed over all 128 keys.
+  DEVICE void multiply_dq(float (&dq)[32], int slot) {
+    const uint64_t a = tile(S::DS + slot * C::SCORE_BYTES + (D == 128 ? 0 : warpgroup * 8192));
+    const uint64_t b = tile(S::K + (D == 128 ? warpgroup * (C::KEYS * 128) : 0));
 #pragma unroll
     for (int k = 0; k < C::KEYS / 16; k++) {
-      const uint64_t bk = b + (k / 4) * moved(QUERIES * 128) + (k % 4) * 2;
+      const uint64_t ak = a + (k / 4) * moved(QUERIES * 128) + (k % 4) * 2;
       if (k == 0) {
-        wgmma_st_first<T>(dq, a + k * moved(2048), bk);
+        wgmma_sb_first<T>(dq, ak, b);
       } else {
-        wgmma_st<T>(dq, a + k * moved(2048), bk);
+        wgmma_sb<T>(dq, ak, b + k * moved(2048));
       }
     }
     wgmma_commit();
   }
 
-  // Starts an accumulator of scores with one number per query.
-  DEVICE void start_with(float (&x)[QUERIES / 2], int vectors, int stage) {
-    const float* from = reinterpret_cast<const float*>(shared + vectors) + stage * QUERIES + 2 * (lane & 3);
-#pragma unroll
-    for (int j = 0; j < QUERIES / 8; j++) {
-      const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
-      x[4 * j] = x[4 * j + 2] = y.x;
-      x[4 * j + 1] = x[4 * j + 3] = y.y;
-    }
-  }
-  DEVICE void multiply_scores(int stage) {
-    if constexpr (!C::SOFTCAP) start_with(probabilities, S::LSE, stage);
-    pin(probabilities);
-    wgmma_fence();
-    multiply_rows<C::SOFTCAP>(probabilities, S::K, S::Q + stage * C::QUERY_BYTES);
+  // Two numbers per column, for columns 8 j + 2 (lane % 4) + {0, 1}.
+  DEVICE float2 of_queries(int vectors, int stage, int j) const {
+    return *reinterpret_cast<const float2*>(shared + vectors + 4 * (stage * QUERIES + 8 * j + 2 * (lane & 3)));
   }
 
   // Scores of query tile `tile` become P.
   DEVICE void exponentials(int tile, int stage) {
-    if constexpr (C::SOFTCAP) {
-      const float* from = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
 #pragma unroll
-      for (int j = 0; j < QUERIES / 8; j++) {
-        const float2 y = *reinterpret_cast<const float2*>(from + 8 * j);
+    for (int j = 0; j < QUERIES / 8; j++) {
+      const float2 lse = of_queries(S::LSE, stage, j);
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-          float& x = probabilities[4 * j + c];
-          x = exp2_fast(fmaf(tanh_exact(x * p.score_scale), p.scale_log2, c % 2 ? y.y : y.x));
-        }
+      for (int c = 0; c < 4; c++) {
+        float& x = probabilities[4 * j + c];
+        if constexpr (C::SOFTCAP) x = tanh_exact(x * p.score_scale);
+        x = exp2_fast(fmaf(x, p.scale_log2, c % 2 ? lse.y : lse.x));
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < QUERIES / 2; i++) probabilities[i] = exp2_fast(probabilities[i] * p.scale_log2);
     }
     const int query = tile * QUERIES;
     if (query < inner_first || (C::INTERVAL && query + QUERIES > inner_end)) {
@@ -309,27 +292,24 @@ template <class C> struct BackwardConsumer {
     }
   }
   // dS = P (dP - delta), times the derivative of the cap.
-  DEVICE void form_ds(int stage) {
-    const float* lse = reinterpret_cast<const float*>(shared + S::LSE) + stage * QUERIES + 2 * (lane & 3);
+  DEVICE void form_ds(int q_stage, int dout_stage) {
 #pragma unroll
     for (int j = 0; j < QUERIES / 8; j++) {
-      float x[4];
+      const float2 delta = of_queries(S::DELTA, dout_stage, j);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float2 y = make_float2(probabilities[4 * j + 2 * i], probabilities[4 * j + 2 * i + 1]);
-        if constexpr (C::AHEAD) y = unpack<Fp16>(half_p[2 * j + i]);
-        x[2 * i] = y.x * dp[4 * j + 2 * i];
-        x[2 * i + 1] = y.y * dp[4 * j + 2 * i + 1];
+        float2 x = make_float2(probabilities[4 * j + 2 * i], probabilities[4 * j + 2 * i + 1]), factor = x;
+        if constexpr (C::AHEAD) x = factor = unpack<Fp16>(half_p[2 * j + i]);
         if constexpr (C::SOFTCAP) {  // the capped scores again, from P: to keep them would take too many registers
-          const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j);
-          const float t0 = y.x == 0.f ? 0.f : (__log2f(y.x) - l.x) / p.scale_log2;
-          const float t1 = y.y == 0.f ? 0.f : (__log2f(y.y) - l.y) / p.scale_log2;
-          x[2 * i] *= 1.f - t0 * t0;
-          x[2 * i + 1] *= 1.f - t1 * t1;
+          const float2 lse = of_queries(S::LSE, q_stage, j);
+          const float t0 = x.x == 0.f ? 0.f : (__log2f(x.x) - lse.x) / p.scale_log2;
+          const float t1 = x.y == 0.f ? 0.f : (__log2f(x.y) - lse.y) / p.scale_log2;
+          factor.x *= 1.f - t0 * t0;
+          factor.y *= 1.f - t1 * t1;
         }
+        packed_ds[2 * j + i] =
+            pack<T>(factor.x * (dp[4 * j + 2 * i] - delta.x), factor.y * (dp[4 * j + 2 * i + 1] - delta.y));
       }
-      packed_ds[2 * j] = pack<T>(x[0], x[1]);
-      packed_ds[2 * j + 1] = pack<T>(x[2], x[3]);
     }
   }
   // To shared memory, queries as rows: [key block of this warpgroup][query][64 keys].
@@ -343,28 +323,28 @@ template <class C> struct BackwardConsumer {
     }
   }
 
-  // The pair of warps whose rows are one block of 32 columns of dQ.
-  DEVICE int pair() const { return 2 * warpgroup + (warp >> 1); }
-  DEVICE bool issues() const { return (threadIdx.x & 63) == 0; }
-  // Rows of the product (columns of dQ) 16 warp + lane / 4 + {0, 8}; its columns are queries.
-  DEVICE void store_dq(const float (&dq)[C::DQ_ROWS / 2], int tile, int head) {
-    const uint32_t block = base + S::DQ + pair() * (C::DQ_BYTES / 2);
-    const int column = (warp & 1) * 16 + (lane >> 2);
-    const float factor = p.scale * kUnshift;
+  // A warp's 16 rows of dQ, to where the copy engine finds them. A matrix of stmatrix is 8 rows of 16 bytes, of which a
+  // thread has 4: one number, not the two neighbours that its accumulator holds. So of every 8 columns the even ones
+  // come first in memory, then the odd ones (see SeqparBackward).
+  DEVICE void store_dq(const float (&dq)[32]) {
+    const uint32_t memory = base + S::DQ + (4 * warpgroup + warp) * 4096;
+    const int row = (lane & 7) + (lane >> 4) * 8, odd = (lane >> 3) & 1;
 #pragma unroll
-    for (int j = 0; j < C::DQ_ROWS / 8; j++) {
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const int row = 8 * j + 2 * (lane & 3) + (c & 1), d = column + 8 * (c >> 1);
-        *reinterpret_cast<float*>(shared + (block - base) + swizzled(row, d / 4) + (d % 4) * 4) = dq[4 * j + c] * factor;
-      }
+    for (int j = 0; j < 8; j++) {
+      store_matrices(memory + (j / 4) * 2048 + swizzled(row, 2 * (j % 4) + odd), __float_as_uint(dq[4 * j]),
+                     __float_as_uint(dq[4 * j + 1]), __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3]));
     }
+  }
+  // Has the copy engine add them to the accumulator. Long after they were stored: the fence would wait for the stores.
+  DEVICE void add_dq() {
     shared_to_async();
-    named_sync(2 + pair(), 64);
-    if (issues()) {
-      const int row = tile * QUERIES + (D == 128 ? 0 : warpgroup * C::DQ_ROWS);
-      const int block_column = (D == 128 ? 64 * warpgroup : 0) + 32 * (warp >> 1);
-      add_box(&maps.dq, block, {block_column, row, head, batch, 0});
+    __syncwarp();
+    if (lane == 0) {
+      const uint32_t memory = base + S::DQ + (4 * warpgroup + warp) * 4096;
+      const int column = D == 128 ? 64 * warpgroup : 0;
+      const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
+      add_box(&maps.dq, memory, {column, row, stored_head, batch, 0});
+      add_box(&maps.dq, memory + 2048, {column + 32, row, stored_head, batch, 0});
       bulk_commit();
     }
   }
@@ -393,50 +373,51 @@ template <class C> struct BackwardConsumer {
     lo1 -= column;
   }
 
+  DEVICE void multiply_scores(int stage) {
+    pin(probabilities);
+    wgmma_fence();
+    multiply_rows(probabilities, S::K, S::Q + stage * C::QUERY_BYTES);
+  }
+
   // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
   DEVICE void step(int tile, int head, int next_tile, bool more) {
-    auto& dq = reinterpret_cast<float(&)[C::DQ_ROWS / 2]>(dp);  // has dP's registers when that is not needed any more
+    auto& dq = reinterpret_cast<float (&)[32]>(dp);  // has dP's registers when that is not needed any more
     const int q_stage = q.stage, dout_stage = dout.stage;
     barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity);
     q.advance();
     dout.advance();
-    start_with(dp, S::DELTA, dout_stage);
-    pin(dp);
     pin(packed_p);
     pin(dv);
     wgmma_fence();
-    multiply_rows<false>(dp, S::V, S::DOUT + dout_stage * C::QUERY_BYTES);
+    multiply_rows(dp, S::V, S::DOUT + dout_stage * C::QUERY_BYTES);
     multiply_columns(dv, packed_p, S::DOUT + dout_stage * C::QUERY_BYTES);
+    if (stored_tile >= 0) add_dq();
     const auto next_scores = [&] {
       // After the last tile there is no next: its scores are those of a stale tile, and nobody reads them.
       if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage, q.parity);
       multiply_scores(q.stage);
-    };
-    const auto multiply_dk = [&] {
-      pin(dk);
-      wgmma_fence();
-      multiply_columns(dk, packed_ds, S::Q + q_stage * C::QUERY_BYTES);
     };
     wgmma_wait<0>();
     pin(dp);
     pin(dv);
     pin(packed_p);
     if constexpr (C::AHEAD) next_scores();
-    form_ds(q_stage);
+    form_ds(q_stage, dout_stage);
     pin(packed_ds);
-    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);
+    const auto multiply_dk = [&] {
+      pin(dk);
+      wgmma_fence();
+      multiply_columns(dk, packed_ds, S::Q + q_stage * C::QUERY_BYTES);
+    };
     if constexpr (!C::AHEAD) {
       next_scores();
       multiply_dk();
     }
+    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
     const Ring<C::DS_SLOTS> before = slot.before();
     if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
     store_ds(slot.stage);
-    shared_to_async();
-    if (issues()) bulk_wait_read();  // the dQ tile before has left its memory
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage);
     wgmma_fence();
     multiply_dq(dq, before.stage);  // beside the first tile: of stale memory, dropped
     if constexpr (C::AHEAD) multiply_dk();
@@ -445,7 +426,6 @@ template <class C> struct BackwardConsumer {
     if constexpr (!C::AHEAD) {
       pin(dk);
       pin(packed_ds);
-      if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
     }
     exponentials(next_tile, q.stage);
     if constexpr (C::AHEAD) {
@@ -455,18 +435,22 @@ template <class C> struct BackwardConsumer {
     } else {
       pin(probabilities);
     }
+    shared_to_async();                // dS, stored long enough ago that this does not wait
+    if (lane == 0) bulk_wait_read();  // the dQ tile before has left its memory
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage);
     wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
-    named_sync(2 + pair(), 64);
-    if (late_tile >= 0) store_dq(dq, late_tile, late_head);
+    if (late_tile >= 0) store_dq(dq);
+    stored_tile = late_tile;
+    stored_head = late_head;
     if constexpr (C::AHEAD) {
       wgmma_wait<0>();
       pin(dk);
       pin(packed_ds);
-      if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
-    } else {
-      pack_probabilities();
     }
+    if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
+    if constexpr (!C::AHEAD) pack_probabilities();
     late_tile = tile;
     late_head = head;
     slot.advance();
@@ -487,7 +471,7 @@ template <class C> struct BackwardConsumer {
             make_float2(x[4 * i + 2] * factor, x[4 * i + 3] * factor);
       }
     };
-    if (issues()) bulk_wait_read();
+    if (lane == 0) bulk_wait_read();
     named_sync(1, 256);  // nobody multiplies or adds from this memory any more
     const uint32_t memory = warpgroup * (2 * 64 * D * 4);
     stage(dv, memory, kUnshift);
@@ -534,16 +518,20 @@ template <class C> struct BackwardConsumer {
             step(tile, head, tile + 1 < t.end ? tile + 1 : t.first, more);
           }
         }
+        if (stored_tile >= 0) add_dq();
         const Ring<C::DS_SLOTS> before = slot.before();
         barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
         wgmma_fence();
-        auto& dq = reinterpret_cast<float (&)[C::DQ_ROWS / 2]>(dp);
+        auto& dq = reinterpret_cast<float (&)[32]>(dp);
         multiply_dq(dq, before.stage);
-        if (issues()) bulk_wait_read();
+        if (lane == 0) bulk_wait_read();
+        __syncwarp();
         wgmma_wait<0>();
         pin(dq);
-        named_sync(2 + pair(), 64);
-        store_dq(dq, late_tile, late_head);
+        store_dq(dq);
+        stored_tile = late_tile;
+        stored_head = late_head;
+        add_dq();
       }
     }
     if (any || !p.carry_dkv) store_dkdv(decode<C>(p));  // again, so that nothing of it lives in the loop

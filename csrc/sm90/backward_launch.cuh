@@ -24,7 +24,7 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   if (!error) error = make_tensor_map(&maps.k, keys(a.k, element, a.k_strides), C::KEYS);
   if (!error) error = make_tensor_map(&maps.v, keys(a.v, element, a.v_strides), C::KEYS);
   if (!error) error = make_tensor_map(&maps.dout, queries(a.dout, element, a.dout_strides), C::QUERIES);
-  if (!error) error = make_tensor_map(&maps.dq, queries(a.dq, Element::kFp32, a.dq_strides), C::DQ_ROWS);
+  if (!error) error = make_tensor_map(&maps.dq, queries(a.dq, Element::kFp32, a.dq_strides), 16);
   if (!error) error = make_tensor_map(&maps.dk, keys(a.dk, Element::kFp32, a.dk_strides), 64);
   if (!error) error = make_tensor_map(&maps.dv, keys(a.dv, Element::kFp32, a.dv_strides), 64);
   if (error) return error;
