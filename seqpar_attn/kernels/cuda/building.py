@@ -143,7 +143,9 @@ def check_architectures(archs: Sequence[str]) -> None:
 def _free_memory() -> float:
     """GiB that can still be used, by /proc and by the control group's limit."""
     free = float("inf")
-    meminfo, limit, used = (Path(p) for p in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
+    meminfo, limit, used = (
+        Path(p) for p in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
+    )
     if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
         free = int(found[1]) / 2**20
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
@@ -166,9 +168,11 @@ def job_count() -> int:
 
 
 def source_root() -> Path | None:
-    """The folder with CMakeLists.txt and csrc: inside an installed package, or that of the checkout; None if missing."""
+    """The folder with CMakeLists.txt and csrc: inside an installed package, or the checkout; None if missing."""
     package = Path(__file__).resolve().parents[2]
-    return next((root for root in (package / "source", package.parent) if (root / "csrc" / "library.cu").exists()), None)
+    return next(
+        (root for root in (package / "source", package.parent) if (root / "csrc" / "library.cu").exists()), None
+    )
 
 
 def build_inputs(root: Path) -> list[Path]:
@@ -235,6 +239,8 @@ class Done(NamedTuple):
     """What a command cost and said."""
 
     output: str
+    started: float
+    """By time.perf_counter."""
     seconds: float
     cpu_seconds: float
     peak_gib: float
@@ -254,7 +260,7 @@ def run(command: Sequence[str], what: str) -> Done:
         said = "\n".join(output.strip().splitlines()[-60:])
         raise BuildError(f"{what} failed (status {process.returncode}):\n{shlex.join(command)}\n{said}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Done(output, time.perf_counter() - started, cpu, usage.ru_maxrss * 1024 / GIB)
+    return Done(output, started, time.perf_counter() - started, cpu, usage.ru_maxrss * 1024 / GIB)
 
 
 def run_all(commands: Sequence[tuple[list[str], str]], jobs: int) -> list[Done]:

@@ -27,7 +27,9 @@ _PACKAGED = Path(__file__).resolve().parents[2] / "lib" / building.LIBRARY
 _lock = threading.Lock()
 _loaded: dict[str | None, ctypes.CDLL] = {}
 
-_HOW = "install with nvcc of CUDA 12.4 or later (see README, Building), or ask for the backend by name, which compiles it"
+_HOW = (
+    "install with nvcc of CUDA 12.4 or later (see README, Building), or ask for the backend by name, which compiles it"
+)
 
 
 class LibraryError(RuntimeError):
@@ -76,7 +78,9 @@ def build_on_demand(*archs: str) -> Path:
     building.check_architectures(archs)
     root = building.source_root()
     if root is None:
-        raise building.BuildError("expected csrc inside the package or beside it, found none: install seqpar_attn again")
+        raise building.BuildError(
+            "expected csrc inside the package or beside it, found none: install seqpar_attn again"
+        )
     nvcc = building.usable_nvcc()
     toolkit = "cuda{}.{}".format(*building.nvcc_version(nvcc))
     kind = f"{'-'.join(sorted(archs))}-{toolkit}"
@@ -90,7 +94,9 @@ def build_on_demand(*archs: str) -> Path:
         place = hashlib.sha256(f"{root}\0{nvcc}".encode()).hexdigest()[:8]
         built = building.compile_library(root, archs, cache_dir() / "objects" / f"{kind}-{place}")
         if _key(root) != key:
-            raise building.BuildError(f"expected {root / 'csrc'} to stay as it was while compiled, but it changed: retry")
+            raise building.BuildError(
+                f"expected {root / 'csrc'} to stay as it was while compiled, but it changed: retry"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             copy = Path(folder) / building.LIBRARY
@@ -111,7 +117,9 @@ def _check_complete(path: Path) -> None:
     end = sections + int.from_bytes(head[58:60], "little") * int.from_bytes(head[60:62], "little")
     size = path.stat().st_size
     if size < end:
-        raise LibraryError(f"expected {path} to have at least {end} bytes, got {size}, so it was cut off: {_again(path)}")
+        raise LibraryError(
+            f"expected {path} to have at least {end} bytes, got {size}, so it was cut off: {_again(path)}"
+        )
 
 
 def _again(path: Path) -> str:
