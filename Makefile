@@ -12,7 +12,7 @@
 #
 # Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, JOBS=1 the number of
 # test processes, PYTEST_ARGS='-k ring' goes to pytest. Where pip would fetch a CUDA build of torch that nobody needs,
-# point PIP_INDEX_URL at a CPU one. SEQPAR_ATTN_CUDA=1 compiles the CUDA library into .venv; without it nothing waits for
+# point PIP_INDEX_URL at a CPU one. SEQPAR_ATTN_CUDA=1 compiles the CUDA library at once; without it nothing waits for
 # nvcc, and the library is compiled when the backend is asked for by name.
 
 VENV ?= .venv

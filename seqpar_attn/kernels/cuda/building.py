@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,15 +268,17 @@ def run_all(commands: Sequence[tuple[list[str], str]], jobs: int) -> list[Done]:
     stop = threading.Event()
 
     def one(command: list[str], what: str) -> Done | None:
-        return None if stop.is_set() else run(command, what)
+        if stop.is_set():
+            return None
+        try:
+            return run(command, what)
+        except BaseException:
+            stop.set()  # here, before this thread takes the next one
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(one, *command) for command in commands]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        stop.set()
-    for future in futures:
-        future.result()  # raises the failure
-    return [done for future in futures if (done := future.result()) is not None]
+    return [done for future in futures if (done := future.result()) is not None]  # raises the failure
 
 
 def compile_directly(nvcc: str, root: Path, archs: Sequence[str], folder: Path, jobs: int) -> Path:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,11 @@ def _open(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LibraryError(f"expected a library that can be loaded, got {path} ({error}): {_again(path)}") from error
-    if not hasattr(library, "seqpar_attn_abi"):
-        raise LibraryError(f"expected {building.LIBRARY}, got {path}, which lacks seqpar_attn_abi: {_again(path)}")
+    _expect_functions(library, ("abi",), path)
     abi = library.seqpar_attn_abi()
     if abi != ABI:
         raise LibraryError(f"expected a library with ABI {ABI}, got ABI {abi} ({path}): {_again(path)}")
+    _expect_functions(library, (*_OTHERS, *map(_function, SIZED)), path)
     _declare(library)
     for index, struct in enumerate(SIZED):
         size = library.seqpar_attn_struct_size(index)
@@ -150,6 +150,22 @@ def _open(path: Path) -> ctypes.CDLL:
             name, expected = struct.__name__, ctypes.sizeof(struct)
             raise LibraryError(f"expected {name} of {expected} bytes, got {size} ({path}): {_again(path)}")
     return library
+
+
+_OTHERS = ("struct_size", "architectures", "error", "backward_counters")
+
+
+def _function(struct: type[ctypes.Structure]) -> str:
+    """The function that takes ``struct``, without its prefix."""
+    return struct.__name__.lower()
+
+
+def _expect_functions(library: ctypes.CDLL, names: Iterable[str], path: Path) -> None:
+    for name in names:
+        if not hasattr(library, f"seqpar_attn_{name}"):
+            raise LibraryError(
+                f"expected {building.LIBRARY}, got {path}, which lacks seqpar_attn_{name}: {_again(path)}"
+            )
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -162,7 +178,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.seqpar_attn_backward_counters.restype = ctypes.c_int64
     for struct in SIZED:
         # A struct by ctypes.byref or by its address as an int, and a stream as an int.
-        function = getattr(library, f"seqpar_attn_{struct.__name__.lower()}")
+        function = getattr(library, f"seqpar_attn_{_function(struct)}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         function.restype = ctypes.c_int32
 
