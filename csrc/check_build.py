@@ -2,9 +2,9 @@
 
     python csrc/check_build.py [--arch 80 --arch 90a] [--root CHECKOUT]
 
-Per kernel: registers; bytes spilled (stores and loads); bytes of stack; and notes that ptxas serialised wgmma or
-inserted waits (C7510 to C7520, which are "info" and no warnings, so -Werror does not catch them). Of the whole build:
-processor time (3 minutes on 2 cores), memory, and the library's size. A kernel may exceed a folder's limits only by an
+Per kernel: registers; bytes spilled (stores and loads); bytes of stack; how often ptxas noted that it serialised wgmma,
+and that it injected a warpgroup.arrive or wait (C7510 to C7520, which are "info" and no warnings, so -Werror does not
+catch them). Of the whole build: processor time (3 minutes on 2 cores), memory, and the library's size. A kernel may exceed a folder's limits only by an
 entry in "exceptions": {"folder": "sm90", "kernel": REGEX, "reason": WHY, "registers": 200}; one that no kernel needs is
 an error.
 """
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-METRICS = ("registers", "spills", "stack", "serialised")
+METRICS = ("registers", "spills", "stack", "serialised", "injected")
 BUILD_METRICS = ("cpu_seconds", "memory_gib", "library_mib")
 SKIPPED = 77
 
@@ -66,7 +66,8 @@ def parse(output: str) -> list[Kernel]:
             entries.append({"mangled": entry[1], "arch": entry[2], "found": dict.fromkeys(METRICS, 0), "seen": set()})
         elif note := _NOTE.search(line):
             named = _NAMED.search(line)
-            notes.append((named[1] if named else "", f"{note[1]} {note[2]}"))
+            text = re.sub(r"\s*in (the )?function '\S+?'", "", note[2])
+            notes.append((named[1] if named else "", f"{note[1]} {text}"))
         elif entries and (stack := _STACK.search(line)):
             # That of the kernel, or of a function it calls that was not inlined: the kernel answers for both.
             found = entries[-1]["found"]
@@ -84,7 +85,10 @@ def parse(output: str) -> list[Kernel]:
         if missing := {"stack", "registers"} - one["seen"]:
             raise ValueError(f"expected {', '.join(sorted(missing))} of {one['mangled']}, found none in ptxas' output")
         own = tuple(text for name, text in notes if name == one["mangled"] and one["arch"] == "90a")
-        kernels.append(Kernel(one["mangled"], one["arch"], {**one["found"], "serialised": len(own)}, own))
+        injected = sum("injected" in text for text in own)
+        # A note of a kind that is not known counts as the worse.
+        found = {**one["found"], "serialised": len(own) - injected, "injected": injected}
+        kernels.append(Kernel(one["mangled"], one["arch"], found, own))
     known = {kernel.mangled for kernel in kernels if kernel.arch == "90a"}
     if strays := [text for name, text in notes if name not in known]:
         raise ValueError(f"expected every note to name a kernel, got {strays[0]!r}")
@@ -145,7 +149,8 @@ def judge(kernels: Sequence[tuple[str, str, Kernel]], limits: dict[str, Any]) ->
                     limit = max(limit, entry[metric])
                     needed[index] |= found > default
             if found > limit:
-                note = kernel.notes[0] if metric == "serialised" else ""
+                notes = [text for text in kernel.notes if ("injected" in text) == (metric == "injected")]
+                note = notes[0] if notes and metric in ("serialised", "injected") else ""
                 findings.append(Finding(f"{name} for {kernel.arch}", metric, found, limit, note))
     for entry, used in zip(limits["exceptions"], needed):
         if not used:

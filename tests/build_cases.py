@@ -61,7 +61,7 @@ def fake_library(
     target: Path, abi: int = structs.ABI, architectures: str = "80;90a", sizes: str = "", without: str = ""
 ) -> Path:
     """A shared library with the header's functions, made by the host's C compiler; none of them computes."""
-    names = [struct.__name__ for struct in structs.SIZED]
+    names = [struct.__name__ for struct in structs.STRUCTS]
     sizes = sizes or ", ".join(f"sizeof(Seqpar{name})" for name in names)
     functions = {
         "abi": f"int32_t seqpar_attn_abi(void) {{ return {abi}; }}",

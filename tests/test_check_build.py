@@ -46,10 +46,11 @@ ptxas info    : Used 168 registers, used 2 barriers
 def test_parse() -> None:
     a, b = check_build.parse(OUTPUT)
     assert (a.mangled, a.arch) == ("_Z1aPfi", "80")
-    assert a.found == {"registers": 32, "spills": 0, "stack": 256, "serialised": 0} and a.notes == ()
+    assert a.found == {"registers": 32, "spills": 0, "stack": 256, "serialised": 0, "injected": 0} and a.notes == ()
     assert (b.mangled, b.arch) == ("_Z1bILi3EEvPf", "90a")
-    assert b.found == {"registers": 168, "spills": 20, "stack": 0, "serialised": 2}
+    assert b.found == {"registers": 168, "spills": 20, "stack": 0, "serialised": 1, "injected": 1}
     assert b.notes[1].startswith("C7511 Potential Performance Loss: wgmma.mma_async instructions are serialized")
+    assert b.notes[1].endswith("for the wgmma pipeline")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_short_name(demangled, short) -> None:
 
 def kernel(**found: int) -> tuple[str, str, Any]:
     values = {**dict.fromkeys(check_build.METRICS, 0), **found}
-    return "sm90", "forward<128>", check_build.Kernel("_Z", "90a", values, ("C7510 it waits",) * values["serialised"])
+    notes = ("C7519 arrive is injected",) * values["injected"] + ("C7510 it waits",) * values["serialised"]
+    return "sm90", "forward<128>", check_build.Kernel("_Z", "90a", values, notes)
 
 
 @pytest.mark.parametrize("metric", check_build.METRICS)
@@ -90,7 +92,7 @@ def test_every_limit_can_fail(metric) -> None:
     plain = {**LIMITS, "exceptions": []}
     assert check_build.judge([kernel(**{metric: limit})], plain) == []
     (finding,) = check_build.judge([kernel(**{metric: limit + 1})], plain)
-    note = " (C7510 it waits)" if metric == "serialised" else ""
+    note = {"serialised": " (C7510 it waits)", "injected": " (C7519 arrive is injected)"}.get(metric, "")
     assert str(finding) == f"forward<128> for 90a: {metric} {limit + 1}, limit {limit}{note}"
 
 
@@ -194,6 +196,7 @@ def test_bad_kernels_are_found(tmp_path) -> None:
     assert done.returncode == 1, done.stdout
     failed = [line.removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert any(x.startswith("serialised<3> for 90a: serialised ") and "limit 0 (C75" in x for x in failed), failed
+    assert any(x.startswith("serialised<3> for 90a: injected ") and "limit 0 (C75" in x for x in failed), failed
     assert "stacked for 90a: stack 256, limit 0" in failed
     assert any(x.startswith("spilled for 90a: spills ") for x in failed)
     table = [line.split()[0] for line in done.stdout.splitlines() if line.split()[1:2] == ["90a"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -65,8 +66,8 @@ def test_packaged_before_cached_and_loaded_once() -> None:
     assert library.architectures(loaded) == ("80", "90a")
     assert library.describe() == {"path": str(path), "abi": structs.ABI, "architectures": ["80", "90a"], "why": None}
     delta = structs.Delta()
-    assert loaded.seqpar_attn_delta(structs.ctypes.byref(delta), 0) == 0
-    assert loaded.seqpar_attn_delta(structs.ctypes.addressof(delta), None) == 0
+    assert loaded.seqpar_attn_delta(ctypes.byref(delta), 0) == 0
+    assert loaded.seqpar_attn_delta(ctypes.addressof(delta), None) == 0
     assert loaded.seqpar_attn_error(-1) == b"fake"
 
 
@@ -76,7 +77,10 @@ def test_the_one_with_the_architecture() -> None:
     with pytest.raises(library.LibraryError, match=r"expected a library with kernels for 90a, got .* with 80"):
         library.load(arch="90a")
     path = cached("90a-cuda13.0", architectures="90a")
+    assert library.path_of(library.load()) == str(library._PACKAGED)
     assert library.path_of(library.load(arch="90a")) == str(path)
+    assert library.path_of(library.load()) == str(path)  # it has been said which GPU this is
+    assert library.architectures() == ("90a",)
     assert library.path_of(library.load(arch="80")) == str(library._PACKAGED)
 
 

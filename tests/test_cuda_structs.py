@@ -9,8 +9,10 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from build_cases import ROOT
 
+from seqpar_attn.kernels import cuda
 from seqpar_attn.kernels.cuda import structs
 
 HEADER = (ROOT / "csrc" / "seqpar_attn.h").read_text()
@@ -40,15 +42,15 @@ def fields(body: str) -> list[str]:
 def test_every_struct_of_the_header_has_a_mirror() -> None:
     assert set(mirrors()) == set(DECLARED)
     functions = re.findall(r"int32_t seqpar_attn_(\w+)\(const Seqpar(\w+)\* arguments, void\* stream\)", HEADER)
-    assert [name for _, name in functions] and {name for _, name in functions} == {s.__name__ for s in structs.SIZED}
+    assert [name for _, name in functions] and {name for _, name in functions} == {s.__name__ for s in structs.STRUCTS}
     assert all(function == name.lower() for function, name in functions)
 
 
 def test_abi_and_enumerations() -> None:
     assert re.findall(r"#define SEQPAR_ATTN_ABI (\d+)", HEADER) == [str(structs.ABI)]
     values = dict(re.findall(r"SEQPAR_(\w+) = (\d+)", HEADER))
-    ours = {"FULL": structs.MASK_FULL, "CAUSAL": structs.MASK_CAUSAL, "INTERVAL": structs.MASK_INTERVAL}
-    ours |= {"BF16": structs.DTYPES["bfloat16"], "FP16": structs.DTYPES["float16"]}
+    ours = {kind.name: number for kind, number in cuda._MASKS.items()}
+    ours |= {"BF16": cuda._DTYPES[torch.bfloat16], "FP16": cuda._DTYPES[torch.float16]}
     assert values == {name: str(value) for name, value in ours.items()}
 
 

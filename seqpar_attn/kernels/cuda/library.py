@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import building
-from .structs import ABI, SIZED
+from .structs import ABI, STRUCTS
 
 _PACKAGED = Path(__file__).resolve().parents[2] / "lib" / building.LIBRARY
 _lock = threading.Lock()
@@ -142,9 +142,9 @@ def _open(path: Path) -> ctypes.CDLL:
     abi = library.seqpar_attn_abi()
     if abi != ABI:
         raise LibraryError(f"expected a library with ABI {ABI}, got ABI {abi} ({path}): {_again(path)}")
-    _expect_functions(library, (*_OTHERS, *map(_function, SIZED)), path)
+    _expect_functions(library, (*_OTHERS, *map(_function, STRUCTS)), path)
     _declare(library)
-    for index, struct in enumerate(SIZED):
+    for index, struct in enumerate(STRUCTS):
         size = library.seqpar_attn_struct_size(index)
         if size != ctypes.sizeof(struct):
             name, expected = struct.__name__, ctypes.sizeof(struct)
@@ -176,16 +176,16 @@ def _declare(library: ctypes.CDLL) -> None:
     library.seqpar_attn_error.restype = ctypes.c_char_p
     library.seqpar_attn_backward_counters.argtypes = [ctypes.c_void_p]
     library.seqpar_attn_backward_counters.restype = ctypes.c_int64
-    for struct in SIZED:
+    for struct in STRUCTS:
         # A struct by ctypes.byref or by its address as an int, and a stream as an int.
         function = getattr(library, f"seqpar_attn_{_function(struct)}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         function.restype = ctypes.c_int32
 
 
-def architectures(library: ctypes.CDLL) -> tuple[str, ...]:
-    """What a loaded library was compiled for."""
-    text: bytes = library.seqpar_attn_architectures()
+def architectures(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
+    """What a loaded library, by default that of ``load()``, was compiled for."""
+    text: bytes = (load() if library is None else library).seqpar_attn_architectures()
     return tuple(text.decode().split(";"))
 
 
@@ -215,12 +215,15 @@ class _NotBuilt(LibraryError):
 def load(build: bool = False, arch: str | None = None) -> ctypes.CDLL:
     """The library, loaded once per process and checked; with kernels for ``arch`` ("90a"; see building.arch_of).
 
+    Without ``arch`` it is the one last loaded for some architecture, if any was, so that only one caller needs to know.
     Where there is none, ``build`` compiles it, for which ``arch`` is needed. LibraryError, BuildError: why it cannot
     be used. A library named by SEQPAR_ATTN_LIBRARY is never replaced by another.
     """
     if build and arch is None:
         raise ValueError("expected an architecture such as '90a' to build for, got None")
     with _lock:
+        if arch is None and _loaded:
+            return next(reversed(_loaded.values()))
         if arch not in _loaded:
             try:
                 _loaded[arch] = _find(arch)
