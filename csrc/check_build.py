@@ -4,9 +4,9 @@
 
 Per kernel: registers; bytes spilled (stores and loads); bytes of stack; how often ptxas noted that it serialised wgmma,
 and that it injected a warpgroup.arrive or wait (C7510 to C7520, which are "info" and no warnings, so -Werror does not
-catch them). Of the whole build: processor time (3 minutes on 2 cores), memory, and the library's size. A kernel may exceed a folder's limits only by an
-entry in "exceptions": {"folder": "sm90", "kernel": REGEX, "reason": WHY, "registers": 200}; one that no kernel needs is
-an error.
+catch them). Of the whole build: processor time (3 minutes on 2 cores), memory, and the library's size. A kernel may
+exceed a folder's limits only by an entry in "exceptions": {"folder": "sm90", "kernel": REGEX, "reason": WHY,
+"registers": 200}; one that no kernel needs is an error.
 """
 
 from __future__ import annotations
