@@ -70,6 +70,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _copy_sources(root: Path, target: Path) -> None:
+    """Makes ``target`` a copy, writing only what differs: ninja goes by times, which a checkout's need not tell."""
+    wanted = building.build_inputs(root)
+    for path in wanted:
+        content, copy = (root / path).read_bytes(), target / path
+        if not copy.exists() or copy.read_bytes() != content:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+    for path in set(building.build_inputs(target)) - set(wanted):
+        (target / path).unlink()
+
+
 def build_on_demand(*archs: str) -> Path:
     """Compiles the library for ``archs`` ("90a") unless the cache has it, and returns its path.
 
@@ -90,16 +102,16 @@ def build_on_demand(*archs: str) -> Path:
         if target.exists():
             return target
         print(f"seqpar_attn: compiling {building.LIBRARY} for {', '.join(archs)}, once", file=sys.stderr, flush=True)
-        # Kept, so that after an edit of one file cmake compiles that one. Other sources have another folder.
+        # Kept, so that after an edit of one file cmake compiles that one. Another checkout has another folder.
         place = hashlib.sha256(f"{root}\0{nvcc}".encode()).hexdigest()[:8]
-        built = building.compile_library(root, archs, cache_dir() / "objects" / f"{kind}-{place}")
-        if _key(root) != key:
-            raise building.BuildError(
-                f"expected {root / 'csrc'} to stay as it was while compiled, but it changed: retry"
-            )
+        folder = cache_dir() / "objects" / f"{kind}-{place}"
+        _copy_sources(root, folder / "source")
+        if _key(folder / "source") != key:
+            raise building.BuildError(f"expected {root / 'csrc'} to stay as it was, but it has just changed: try again")
+        built = building.compile_library(folder / "source", archs, folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            copy = Path(folder) / building.LIBRARY
+        with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
+            copy = Path(unfinished) / building.LIBRARY
             shutil.copyfile(built, copy)
             copy.rename(target)  # in one step: who looks without the lock sees all of it or nothing
     return target
