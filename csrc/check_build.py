@@ -159,7 +159,7 @@ def judge(kernels: Sequence[tuple[str, str, Kernel]], limits: dict[str, Any]) ->
 
 
 def _peak(jobs: Sequence[tuple[float, float, float]]) -> float:
-    """The most memory at once of (begin, end, GiB), taking every job at its own peak throughout: an upper bound."""
+    """The most memory at once of (begin, end, GiB): every job at its own peak throughout, that of its largest process."""
     return max(sum(gib for begin, end, gib in jobs if begin <= at < end) for at, _, _ in jobs)
 
 
@@ -212,7 +212,7 @@ def check(root: Path, archs: Sequence[str], limits: dict[str, Any]) -> list[Find
     }
     print(
         f"{len(units)} files, {len(kernels)} kernels for {', '.join(archs)}: {seconds:.1f} s, {jobs} at a time, "
-        f"{build['cpu_seconds']:.1f} s of processor time, at most {build['memory_gib']:.2f} GiB of memory, "
+        f"{build['cpu_seconds']:.1f} s of processor time, about {build['memory_gib']:.2f} GiB of memory, "
         f"library {build['library_mib']:.2f} MiB"
     )
     over = [Finding("the build", metric, build[metric], limits["build"][metric]) for metric in BUILD_METRICS]
