@@ -159,7 +159,7 @@ def judge(kernels: Sequence[tuple[str, str, Kernel]], limits: dict[str, Any]) ->
 
 
 def _peak(jobs: Sequence[tuple[float, float, float]]) -> float:
-    """The most memory at once of (begin, end, GiB): every job at its own peak throughout, that of its largest process."""
+    """The most memory at once of (begin, end, GiB): every job has its peak, that of its largest process, throughout."""
     return max(sum(gib for begin, end, gib in jobs if begin <= at < end) for at, _, _ in jobs)
 
 
