@@ -3,6 +3,8 @@
 #   make demo        train a small Llama on real text over 4 ranks and compare it with one device
 #   make test        all tests that this machine can run
 #   make lint types  ruff and clang-format; mypy
+#   make csrc-check  compile csrc with warnings as errors; registers, spills and serialisation of every kernel (nvcc)
+#   make csrc-test   csrc/tests by ctest          (nvcc, cmake, ninja and a Hopper GPU)
 #   make gpu-test    tests on an NVIDIA GPU       (in place, with the machine's python3, if its torch sees the GPU)
 #   make gpu-memcheck  a few of them under compute-sanitizer
 #   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise)
@@ -10,7 +12,8 @@
 #
 # Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, JOBS=1 the number of
 # test processes, PYTEST_ARGS='-k ring' goes to pytest. Where pip would fetch a CUDA build of torch that nobody needs,
-# point PIP_INDEX_URL at a CPU one.
+# point PIP_INDEX_URL at a CPU one. SEQPAR_ATTN_CUDA=1 compiles the CUDA library at once; without it nothing waits for
+# nvcc, and the library is compiled when the backend is asked for by name.
 
 VENV ?= .venv
 EXTRAS ?= test,demo,lint
@@ -29,9 +32,11 @@ TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
 # Installed last and by themselves, because a CUDA build of torch asks for the Triton of its own version.
 PINS := $(if $(HAS_GPU)$(filter-out Linux,$(shell uname -s)),,triton==3.6.0 'numpy<2.4')
 
+export SEQPAR_ATTN_CUDA ?= 0
+
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
-.PHONY: demo test lint types gpu-test gpu-memcheck gpu-bench clean venv
+.PHONY: demo test lint types csrc-check csrc-test gpu-test gpu-memcheck gpu-bench clean venv
 
 venv: $(STAMP)
 
@@ -65,6 +70,15 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@$(PY) -m mypy seqpar_attn
+
+# Status 77: there is no nvcc, which it has said.
+csrc-check: $(STAMP)
+	@$(PY) csrc/check_build.py || [ $$? -eq 77 ]
+
+csrc-test:
+	@cmake -S . -B build/csrc-test -G Ninja -DSEQPAR_ATTN_TESTS=ON -DSEQPAR_ATTN_ARCHS=90a >/dev/null
+	cmake --build build/csrc-test
+	ctest --test-dir build/csrc-test --output-on-failure
 
 # The python3 of a GPU machine is used as it is, with nothing installed, if its torch sees the GPU.
 define gpu_python

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
-import shutil
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from . import kernels
+from .kernels.cuda import building, library
 from .mask import MaskKind
 
 _PACKAGES = ("seqpar_attn", "torch", "triton", "transformers", "accelerate", "flash_attn", "flash-attn-4", "numpy")
@@ -25,15 +24,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _nvcc() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    for home in (*filter(None, homes), "/usr/local/cuda"):
-        candidate = os.path.join(home, "bin", "nvcc")
-        if os.access(candidate, os.X_OK):
-            return candidate
-    return shutil.which("nvcc")
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -95,7 +85,8 @@ def gather() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "torch_cuda": torch.version.cuda,
-        "nvcc": _nvcc(),
+        "nvcc": building.find_nvcc(),
+        "library": library.describe(),
         "gpus": gpus,
         "no_gpu": _no_gpu_reason(),
         "backends": {name: kernels.unavailable(name) for name in kernels.names()},
@@ -114,7 +105,15 @@ def render(info: dict[str, Any]) -> str:
     lines = ["versions"]
     lines += _table([(name, version or "not installed") for name, version in info["versions"].items()])
     lines += ["cuda"]
-    lines += _table([("torch built for", info["torch_cuda"] or "none"), ("nvcc", info["nvcc"] or "none")])
+    lib = info["library"]
+    found = f"{lib['path']} (ABI {lib['abi']}, for {', '.join(lib['architectures'])})"
+    lines += _table(
+        [
+            ("torch built for", info["torch_cuda"] or "none"),
+            ("nvcc", info["nvcc"] or "none"),
+            ("library", found if lib["path"] else f"none: {lib['why']}"),
+        ]
+    )
     lines += ["gpus"]
     lines += (
         [f"  none: {info['no_gpu']}"]

@@ -1,4 +1,5 @@
-"""One thread per process, a fresh seed per test (printed when the test fails), and no GPU tests without a GPU."""
+"""One thread per process, a fresh seed per test (printed when the test fails), and no GPU tests without a GPU,
+no tests of compiling without nvcc."""
 
 import os
 import random
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from seqpar_attn.kernels.cuda import building
 
 try:
     import hypothesis
@@ -28,6 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    if any(item.get_closest_marker("build") for item in items) and (reason := building.nvcc_missing()) is not None:
+        for item in items:
+            if item.get_closest_marker("build"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(tryfirst=True)

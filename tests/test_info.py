@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from seqpar_attn import info, kernels
+from seqpar_attn.kernels.cuda import building
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,9 +34,21 @@ def test_json_without_a_gpu() -> None:
     assert report["backends"]["cudnn"]
     chosen = {(row["device"], row["dtype"]): row["causal"] for row in report["auto"]}
     assert chosen[("cpu", "bfloat16")] == chosen[("cpu", "float64")] == "reference"
+    assert report["nvcc"] == building.find_nvcc()
     assert report["transports"]["loopback"] is None
     assert report["transports"]["gloo"] is None
     assert report["transports"]["nccl"]
+
+
+def test_no_library(tmp_path) -> None:
+    """An explicit path is never replaced by another library, so this is the same on every machine."""
+    missing = tmp_path / "libnothing.so"
+    done = run("info", "--json", SEQPAR_ATTN_LIBRARY=str(missing))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["library"]
+    assert report["path"] is None and report["architectures"] == [] and str(missing) in report["why"]
+    text = run("info", SEQPAR_ATTN_LIBRARY=str(missing)).stdout
+    assert f"  library          none: {report['why']}" in text.splitlines()
 
 
 def test_text_without_triton(tmp_path) -> None:
@@ -70,6 +83,7 @@ def test_render_a_machine_with_gpus() -> None:
         "versions": {"torch": "2.11.0", "triton": None},
         "torch_cuda": "13.0",
         "nvcc": None,
+        "library": {"path": "/lib/libseqpar_attn.so", "abi": 7, "architectures": ["80", "90a"], "why": None},
         "gpus": [{"index": 0, "name": "H100", "memory_gib": 79.2, "capability": "9.0", "multiprocessors": 132}],
         "no_gpu": None,
         "backends": {"reference": None, "cudnn": "torch sees no CUDA GPU"},
@@ -79,15 +93,7 @@ def test_render_a_machine_with_gpus() -> None:
     text = info.render(report).splitlines()
     assert "  triton  not installed" in text
     assert "  nvcc             none" in text
+    assert "  library          /lib/libseqpar_attn.so (ABI 7, for 80, 90a)" in text
     assert "  cuda:0  H100  79.2 GiB  sm 9.0" in text
     assert "  cudnn      no: torch sees no CUDA GPU" in text
     assert "  cuda:0  bfloat16  triton        none" in text
-
-
-def test_nvcc_is_found_through_its_environment(monkeypatch, tmp_path) -> None:
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert info._nvcc() == str(nvcc)
