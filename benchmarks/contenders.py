@@ -84,7 +84,8 @@ def own(kernel: Kernel, shape: Shape, data: list[Data]) -> Entry:
     for x in data:
         lse = torch.empty(shape.batch, shape.nheads, shape.seqlen, device=x.q.device)
         saved.append((torch.empty_like(x.q), lse))
-    grads = [torch.empty_like(t, dtype=torch.float32) for t in data[0][:3]]
+    dq = torch.empty_like(data[0].q, dtype=torch.float32)
+    grads = [torch.empty_like(t) for t in data[0][:3]]
 
     def forward(i: int) -> torch.Tensor:
         x, (out, lse) = data[i % SETS], saved[i % SETS]
@@ -95,8 +96,11 @@ def own(kernel: Kernel, shape: Shape, data: list[Data]) -> Entry:
         x, (out, lse) = data[i % SETS], saved[i % SETS]
         delta = kernel.delta(out, x.dout)
         flags = {"carry_dq": False, "carry_dkv": False, "deterministic": False}
-        kernel.backward(x.q, x.k, x.v, x.dout, lse, delta, *grads, mask, softmax_scale=scale, softcap=None, **flags)
-        return tuple(t.to(torch.bfloat16) for t in grads)
+        kernel.backward(
+            x.q, x.k, x.v, x.dout, lse, delta, dq, *grads[1:], mask, softmax_scale=scale, softcap=None, **flags
+        )
+        kernel.finish_dq(dq, grads[0], scale)
+        return tuple(grads)
 
     for i in range(SETS):
         forward(i)

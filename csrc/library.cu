@@ -41,8 +41,8 @@ extern "C" {
 int32_t seqpar_attn_abi() { return SEQPAR_ATTN_ABI; }
 
 size_t seqpar_attn_struct_size(int32_t which) {
-  const size_t sizes[] = {sizeof(SeqparForward), sizeof(SeqparBackward), sizeof(SeqparDelta),
-                          sizeof(SeqparConvert), sizeof(SeqparMerge),    sizeof(SeqparAccumulate)};
+  const size_t sizes[] = {sizeof(SeqparForward),  sizeof(SeqparBackward), sizeof(SeqparDelta),
+                          sizeof(SeqparFinishDq), sizeof(SeqparMerge),    sizeof(SeqparAccumulate)};
   return which >= 0 && which < 6 ? sizes[which] : 0;
 }
 
@@ -83,8 +83,13 @@ int32_t seqpar_attn_delta(const SeqparDelta* arguments, void* stream) {
   return seqpar::delta(*arguments, static_cast<cudaStream_t>(stream));
 }
 
-int32_t seqpar_attn_convert(const SeqparConvert* arguments, void* stream) {
-  return seqpar::convert(*arguments, static_cast<cudaStream_t>(stream));
+int32_t seqpar_attn_finish_dq(const SeqparFinishDq* arguments, void* stream) {
+  const int32_t architecture = current_architecture();
+  if (architecture < 0) return -architecture;
+#if SEQPAR_ATTN_SM90
+  if (architecture == 90) return seqpar::sm90::finish_dq(*arguments, static_cast<cudaStream_t>(stream));
+#endif
+  return seqpar::kNoArchitecture;
 }
 
 int32_t seqpar_attn_merge(const SeqparMerge* arguments, void* stream) {

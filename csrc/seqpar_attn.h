@@ -75,10 +75,11 @@ typedef struct {
   const void* dout;
   const float* lse;
   const float* delta;  // rowsum(dout * out)
-  float* dq;           // fp32, added to if carry_dq, else overwritten
-  float* dk;           // fp32, added to if carry_dkv, else overwritten
-  float* dv;
+  float* dq;           // fp32, added to if carry_dq, else overwritten; in a form of its own, see SeqparFinishDq
+  void* dk;            // fp32, added to if carry_dkv, else overwritten
+  void* dv;
   int32_t carry_dq, carry_dkv;
+  int32_t round_dkv;      // dk and dv are of the inputs' dtype; not if carry_dkv
   int32_t deterministic;  // dq is summed in a fixed order
   SeqparStrides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   SeqparRowStrides lse_strides, delta_strides;
@@ -96,13 +97,15 @@ typedef struct {
   SeqparRowStrides delta_strides;
 } SeqparDelta;
 
-// target = source in the dtype of target.
+// The gradient of q, in the inputs' dtype, from what backward has accumulated in dq. That is not the gradient itself:
+// factors are left out, and of every 8 columns the even ones lie before the odd ones.
 typedef struct {
   int32_t batch, seqlen, nheads, headdim, dtype;
-  const float* source;
-  void* target;
-  SeqparStrides source_strides, target_strides;
-} SeqparConvert;
+  float softmax_scale;
+  const float* dq;
+  void* grad;
+  SeqparStrides dq_strides, grad_strides;
+} SeqparFinishDq;
 
 // A partial result merged into (out_acc, lse); the merged rows also go to out if it is not null.
 typedef struct {
@@ -127,8 +130,8 @@ typedef struct {
 } SeqparAccumulate;
 
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_abi(void);
-// Sizes of SeqparForward, SeqparBackward, SeqparDelta, SeqparConvert, SeqparMerge, SeqparAccumulate, so that a caller's
-// structs can be compared.
+// Sizes of SeqparForward, SeqparBackward, SeqparDelta, SeqparFinishDq, SeqparMerge, SeqparAccumulate, so that a
+// caller's structs can be compared.
 SEQPAR_ATTN_EXPORT size_t seqpar_attn_struct_size(int32_t which);
 // The architectures the library was built for, such as "80;90a".
 SEQPAR_ATTN_EXPORT const char* seqpar_attn_architectures(void);
@@ -139,7 +142,7 @@ SEQPAR_ATTN_EXPORT const char* seqpar_attn_error(int32_t code);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_forward(const SeqparForward* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_backward(const SeqparBackward* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_delta(const SeqparDelta* arguments, void* stream);
-SEQPAR_ATTN_EXPORT int32_t seqpar_attn_convert(const SeqparConvert* arguments, void* stream);
+SEQPAR_ATTN_EXPORT int32_t seqpar_attn_finish_dq(const SeqparFinishDq* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_merge(const SeqparMerge* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_accumulate(const SeqparAccumulate* arguments, void* stream);
 // Zeroed ints that a deterministic backward needs.

@@ -297,8 +297,10 @@ class _Backward(_Pass):
         super().__init__(*args)
         self.given = (q, k, v, dout, lse, delta)
         dtype = accumulator_dtype(q.dtype)
-        self.gradients = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)]
-        dq, dk, dv = self.gradients
+        dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+        dtype_kv = k.dtype if self.program.keys_once else dtype
+        dk, dv = (torch.empty(x.shape, dtype=dtype_kv, device=x.device) for x in (k, v))
+        self.gradients = (dq, dk, dv)
         self.own = self.like = {
             Kind.QUERY: ((q, 1), (dout, 1), (lse, 2), (delta, 2)),
             Kind.KV: ((k, 1), (v, 1)),
@@ -351,22 +353,31 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicat
     return plan, kernel
 
 
-def _describe(q: torch.Tensor, k: torch.Tensor, call: Call) -> dict[str, object]:
-    """What all ranks must agree on."""
-    return {"q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype, "device": q.device.type} | vars(
-        call
-    )
+def _describe(q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None) -> dict[str, object]:
+    """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
+    own = {"q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype, "device": q.device.type}
+    return own | vars(call) | {"chosen backend": kernel and kernel.name}
 
 
-def _heads_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _regular(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy of it if its head dimension is not contiguous or what copy engines cannot address: bases and
+    strides that are no multiples of 16 bytes, or, as in an expanded tensor, strides of 0."""
+    strides = x.stride()
+    together = x.data_ptr()
+    for stride, size in zip(strides[:-1], x.shape):
+        if stride == 0 and size > 1:
+            return x.contiguous()
+        together |= stride * x.element_size()
+    if strides[-1] == 1 and together % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def forward_pass(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, comm: Communicator, kernel: Kernel, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Play the forward schedule on checked input: ``(out, lse)`` of the local ranks' shards."""
-    q, k, v = (_heads_contiguous(x) for x in (q, k, v))
+    q, k, v = (_regular(x) for x in (q, k, v))
     forward = _Forward(q, k, v, plan, False, comm, kernel, call)
     if q.numel():
         forward.play()
@@ -387,15 +398,17 @@ def backward_pass(
     call: Call,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Play the backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype."""
-    q, k, v, dout = (_heads_contiguous(x) for x in (q, k, v, dout))
+    q, k, v, dout = (_regular(x) for x in (q, k, v, dout))
     delta = kernel.delta(out, dout)
     if dlse is not None:
         delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
     backward = _Backward(q, k, v, dout, lse, delta, plan, True, comm, kernel, call)
     if q.numel():
         backward.play()
-    dq, dk, dv = (x.to(q.dtype) for x in backward.gradients)
-    return dq, dk, dv
+    dq, dk, dv = backward.gradients
+    grad = torch.empty_like(q, memory_format=torch.contiguous_format)
+    kernel.finish_dq(dq, grad, call.softmax_scale)
+    return grad, dk.to(k.dtype), dv.to(v.dtype)
 
 
 @torch.library.custom_op("seqpar_attn::attention", mutates_args=())
@@ -420,12 +433,14 @@ def attention_op(
     call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
     comm = communicator(group, q.device)
     error: ValueError | None = None
+    kernel: Kernel | None = None
     try:
         plan, kernel = _prepare(q, k, v, comm, call)
     except ValueError as complaint:
         error = complaint
     if comm.world_size > 1 or error is not None:
-        comm.agree(_describe(q, k, call), error)
+        comm.agree(_describe(q, k, call, kernel), error)
+    assert kernel is not None
     return forward_pass(q, k, v, plan, comm, kernel, call)
 
 

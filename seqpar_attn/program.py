@@ -103,6 +103,12 @@ class Program:
             not compute.keep and not compute.carry_query for moment in self.moments for compute in moment.computes
         ) and not any(moment.adds for moment in self.moments)
         """Forward: no accumulator is needed, every output row is finished by one task."""
+        computes = [compute for moment in self.moments for compute in moment.computes]
+        self.keys_once = not any(
+            compute.carry_key or compute.key_fresh or self.views[compute.key_result].slot is not None
+            for compute in computes
+        ) and not any(add.kind is Kind.DKV for moment in self.moments for add in moment.adds)
+        """Backward: no accumulator is needed for dk and dv, every key's gradient comes from one task."""
 
     def _view(self, local: int, kind: Kind, block: Block, slot: int | None, slots: int = 1) -> int:
         start, length = self.schedule.start(block), self.schedule.length(block)

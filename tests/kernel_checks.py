@@ -176,7 +176,9 @@ def play(kernel, x: Inputs, blocks: list[Block], *, deterministic: bool = False)
         )
         begun_q.add(block.rows)
         begun_k.add(block.keys)
-    return Results(out, lse, dq, dk, dv)
+    grad = torch.full_like(dq, NAN)
+    kernel.finish_dq(dq, grad, x.softmax_scale)
+    return Results(out, lse, grad, dk, dv)
 
 
 def gradients(kernel, x: Inputs, lse: torch.Tensor, delta: torch.Tensor, mask: BlockMask = FULL) -> list[torch.Tensor]:

@@ -30,6 +30,9 @@ class FakeKernel:
     def unavailable(self) -> str | None:
         return self._missing
 
+    def prepare(self) -> None:
+        pass
+
     def refuses(self, device, dtype, headdim, kinds, softcap) -> str | None:
         return self._refuses
 

@@ -9,9 +9,9 @@ KINDS = {
     "wgmma_rs": (True, False, True, (64, 128, 256)),
 }
 HEADER = """\
-// Written by generate_wgmma.py; do not edit. m64nNk16: D = A B + D, or D = A B for the functions called *_first, which do
-// not read D: ptxas then knows that its registers need no value before. wgmma_ss: A and B in shared memory, both K-major;
-// wgmma_sb: the same, B MN-major; wgmma_rs: A in registers, B MN-major in shared memory.
+// Written by generate_wgmma.py; do not edit. m64nNk16: D = A B + D, or D = A B for the functions called *_first, which
+// do not read D: ptxas then knows that its registers need no value before. wgmma_ss: A and B in shared memory, both
+// K-major; wgmma_sb: the same, B MN-major; wgmma_rs: A in registers, B MN-major in shared memory.
 #pragma once
 #include <stdint.h>
 

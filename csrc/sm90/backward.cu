@@ -22,7 +22,11 @@ template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stre
 
 }  // namespace
 
-int64_t backward_counters(const SeqparBackward&) { return 0; }
+int64_t backward_counters(const SeqparBackward& a) {
+  const SeqparProblem& x = a.problem;
+  const int queries = x.headdim <= 64 ? 128 : 64;  // of a tile, see backward_instance.cuh
+  return static_cast<int64_t>(x.batch) * x.nheads * ((x.seqlen_q + queries - 1) / queries) * 8;
+}
 
 int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
@@ -30,6 +34,7 @@ int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
       x.headdim % 8 || x.headdim < 8 || !(x.softmax_scale > 0.f) || x.softcap < 0.f) {
     return kBadArgument;
   }
+  if ((a.round_dkv && a.carry_dkv) || (a.deterministic && !a.counter)) return kBadArgument;
   if (x.parts > 1 && x.mask != SEQPAR_FULL) return kBadArgument;
   if (x.mask == SEQPAR_INTERVAL && (!x.query_lo || !x.query_hi)) return kBadArgument;
   if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);

@@ -28,8 +28,8 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr int DQ_BYTES = 64 * 64 * 4;
   // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as
   // fp16 of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
-  static constexpr bool AHEAD = D == 128 && T::is_bf16;
-  static constexpr int SHIFT = AHEAD ? 14 : 0;  // P is 2^SHIFT times itself throughout
+  static constexpr int SHIFT = backward_shift(D, T::is_bf16);        // P is 2^SHIFT times itself throughout
+  static constexpr bool AHEAD = SHIFT > 0 && !INTERVAL && !SOFTCAP;  // those need the registers
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
   static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 128;
@@ -45,6 +45,8 @@ template <class C> struct BackwardShared {
   static constexpr int BARRIERS = DELTA + C::DOUT_STAGES * C::QUERIES * 4;
   static constexpr int KV_FULL = BARRIERS, Q_FULL = KV_FULL + 8, Q_EMPTY = Q_FULL + 24, DOUT_FULL = Q_EMPTY + 24,
                        DOUT_EMPTY = DOUT_FULL + 16, DS_FULL = DOUT_EMPTY + 16;
+  static constexpr int INNER = DS_FULL + 24;  // int2 per warpgroup: queries that see all of its keys
+  static_assert(INNER + 16 == C::SHARED, "the last bytes");
   static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
 };
 
@@ -57,12 +59,25 @@ struct BackwardTile {
   int batch, key_head, part, key, first, end;
 };
 
+// Query tiles that see the key tile at `key`.
+template <class C> DEVICE int first_query_tile(const BackwardParams& p, int key) {
+  if constexpr (C::INTERVAL) return p.query_lo[key] / C::QUERIES;
+  return p.causal ? max(0, key - p.offset) / C::QUERIES : 0;
+}
+template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
+  if constexpr (!C::INTERVAL) return p.query_tiles;
+  return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
+}
+
 // Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
 // differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
+template <class C> DEVICE int key_tile(const BackwardParams& p) {
+  return C::INTERVAL || p.causal ? blockIdx.z : blockIdx.x;
+}
 template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   BackwardTile t;
   const bool by_tile = C::INTERVAL || p.causal;
-  const int tile = by_tile ? blockIdx.z : blockIdx.x;
+  const int tile = key_tile<C>(p);
   t.key_head = by_tile ? blockIdx.x : blockIdx.y;
   t.batch = by_tile ? blockIdx.y : blockIdx.z;
   t.part = 0;
@@ -71,16 +86,8 @@ template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
     t.part = tile / p.key_tiles_per_part;
     t.key -= t.part * p.key_tiles_per_part * C::KEYS;
   }
-  t.first = 0;
-  t.end = p.query_tiles;
-  if constexpr (C::INTERVAL) {
-    t.first = p.query_lo[t.key] / C::QUERIES;
-    t.end = (p.query_hi[min(t.key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES;
-  } else if (p.causal) {
-    t.first = max(0, t.key - p.offset) / C::QUERIES;
-  }
-  t.end = min(t.end, p.query_tiles);
-  t.first = min(t.first, t.end);
+  t.end = end_query_tile<C>(p, t.key);
+  t.first = min(first_query_tile<C>(p, t.key), t.end);
   return t;
 }
 
@@ -100,7 +107,9 @@ template <int STAGES> struct Ring {
 // consumers leave. All walk over the same tiles.
 template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
   const int group = p.nheads / p.nheads_kv;
+#pragma unroll 1
   for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
+#pragma unroll 1
     for (int tile = t.first; tile < t.end; tile++) visit(tile, head);
   }
 }
@@ -141,6 +150,7 @@ DEVICE void load_rows(const float* from, int64_t head_stride, float factor, floa
   Ring<STAGES> ring;
   for_each_tile(p, t, [&](int tile, int head) {
     barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+#pragma unroll 1
     for (int r = lane; r < C::QUERIES; r += 32) {
       const int row = tile * C::QUERIES + r;
       const float x = row < p.seqlen_q ? from[head * head_stride + row] : outside;
@@ -197,7 +207,6 @@ template <class C> struct BackwardConsumer {
   float dp[QUERIES / 2];
   uint32_t packed_p[QUERIES / 4], half_p[QUERIES / 4], packed_ds[QUERIES / 4];
   int lo0, lo1, hi0, hi1;  // queries that see keys r0 and r0 + 8, less this thread's first column; hi: INTERVAL only
-  int inner_first, inner_end;  // queries that see all of the warpgroup's keys; end: INTERVAL only
 
   DEVICE BackwardConsumer(const BackwardMaps& maps, const BackwardParams& p, uint8_t* shared)
       : maps(maps), p(p), shared(shared), base(shared_address(shared)) {
@@ -272,7 +281,8 @@ template <class C> struct BackwardConsumer {
       }
     }
     const int query = tile * QUERIES;
-    if (query < inner_first || (C::INTERVAL && query + QUERIES > inner_end)) {
+    const int2 inner = *inner_queries();
+    if (query < inner.x || query + QUERIES > inner.y) {
 #pragma unroll
       for (int j = 0; j < QUERIES / 8; j++) {
 #pragma unroll
@@ -343,32 +353,66 @@ template <class C> struct BackwardConsumer {
       const uint32_t memory = base + S::DQ + (4 * warpgroup + warp) * 4096;
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
+      if (p.order) wait_for_turn();
       add_box(&maps.dq, memory, {column, row, stored_head, batch, 0});
       add_box(&maps.dq, memory + 2048, {column + 32, row, stored_head, batch, 0});
       bulk_commit();
+      if (p.order) end_turn();
     }
   }
 
+  // Deterministic: key tiles add to a query tile in their order. A counter says how many have.
+  DEVICE int* turns() const {
+    return p.order + ((static_cast<int64_t>(batch) * p.nheads + stored_head) * p.query_tiles + stored_tile) * 8 +
+           4 * warpgroup + warp;
+  }
+  DEVICE void wait_for_turn() const {
+    int before = key_tile<C>(p);
+    if constexpr (C::INTERVAL) {  // only those that the query tile sees
+      int first = 0;
+      while (end_query_tile<C>(p, first * C::KEYS) <= stored_tile) first++;
+      before -= first;
+    }
+    int done;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns()) : "memory");
+    } while (done != before);
+  }
+  DEVICE void end_turn() const {
+    const int next = key_tile<C>(p) + 1;
+    const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > stored_tile;
+    bulk_wait();
+    // What the copy engine wrote comes before what this thread writes.
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    if (last) {
+      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns()), "r"(0) : "memory");
+    } else {
+      asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(turns()), "r"(1) : "memory");
+    }
+  }
+
+  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
   DEVICE void set_bounds(int tile_key) {
     const int first = tile_key + 64 * warpgroup, key = first + warp * 16 + (lane >> 2), column = 2 * (lane & 3);
     const int last_key = p.seqlen_k - 1;
     constexpr int kNever = 1 << 30;
-    lo0 = lo1 = inner_first = -kNever;
+    int2 inner = make_int2(-kNever, kNever);
+    lo0 = lo1 = -kNever;
     if constexpr (C::INTERVAL) {
       lo0 = p.query_lo[min(key, last_key)];
       lo1 = p.query_lo[min(key + 8, last_key)];
       hi0 = p.query_hi[min(key, last_key)] - column;
       hi1 = p.query_hi[min(key + 8, last_key)] - column;
-      inner_first = p.query_lo[min(first + 63, last_key)];
-      inner_end = p.query_hi[min(first, last_key)];
+      inner = make_int2(p.query_lo[min(first + 63, last_key)], p.query_hi[min(first, last_key)]);
     } else if (p.causal) {
       lo0 = key - p.offset;
       lo1 = lo0 + 8;
-      inner_first = first + 63 - p.offset;
+      inner.x = first + 63 - p.offset;
     }
     if (key > last_key) lo0 = kNever;
     if (key + 8 > last_key) lo1 = kNever;
-    if (first + 63 > last_key) inner_first = kNever;
+    if (first + 63 > last_key) inner.x = kNever;
+    *inner_queries() = inner;  // in shared memory: registers are short; each thread reads what it wrote itself
     lo0 -= column;
     lo1 -= column;
   }
@@ -456,32 +500,51 @@ template <class C> struct BackwardConsumer {
     slot.advance();
   }
 
+  // This warpgroup's rows of an accumulator as fp32, blocks of 32 columns, at `memory`.
+  DEVICE void stage_fp32(const float (&x)[D / 2], uint32_t memory, float factor) {
+    const int r0 = warp * 16 + (lane >> 2), rest = (lane & 1) * 8;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      uint8_t* block = shared + memory + (i / 4) * 8192;
+      const int chunk = 2 * (i % 4) + ((lane & 3) >> 1);
+      *reinterpret_cast<float2*>(block + swizzled(r0, chunk) + rest) =
+          make_float2(x[4 * i] * factor, x[4 * i + 1] * factor);
+      *reinterpret_cast<float2*>(block + swizzled(r0 + 8, chunk) + rest) =
+          make_float2(x[4 * i + 2] * factor, x[4 * i + 3] * factor);
+    }
+  }
+  // The same in the inputs' dtype, blocks of 64 columns.
+  DEVICE void stage_rounded(const float (&x)[D / 2], uint32_t memory, float factor) {
+    const int row = warp * 16 + (lane & 15);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+      const int chunk = 2 * i + (lane >> 4);
+      const float* y = x + 8 * i;
+      store_matrices(base + memory + (chunk / 8) * 8192 + swizzled(row, chunk % 8),
+                     pack<T>(y[0] * factor, y[1] * factor), pack<T>(y[2] * factor, y[3] * factor),
+                     pack<T>(y[4] * factor, y[5] * factor), pack<T>(y[6] * factor, y[7] * factor));
+    }
+  }
+
   // This warpgroup's rows of dK and dV, through the memory of all tiles, to where they are kept.
   DEVICE void store_dkdv(const BackwardTile& t) {
-    constexpr int kBlock = 64 * 128;  // 64 keys by 32 columns of fp32
-    const int r0 = warp * 16 + (lane >> 2);
-    const auto stage = [&](const float (&x)[D / 2], uint32_t offset, float factor) {
-#pragma unroll
-      for (int i = 0; i < D / 8; i++) {
-        uint8_t* block = shared + offset + (i / 4) * kBlock;
-        const int chunk = 2 * (i % 4) + ((lane & 3) >> 1), rest = (lane & 1) * 8;
-        *reinterpret_cast<float2*>(block + swizzled(r0, chunk) + rest) =
-            make_float2(x[4 * i] * factor, x[4 * i + 1] * factor);
-        *reinterpret_cast<float2*>(block + swizzled(r0 + 8, chunk) + rest) =
-            make_float2(x[4 * i + 2] * factor, x[4 * i + 3] * factor);
-      }
-    };
     if (lane == 0) bulk_wait_read();
     named_sync(1, 256);  // nobody multiplies or adds from this memory any more
-    const uint32_t memory = warpgroup * (2 * 64 * D * 4);
-    stage(dv, memory, kUnshift);
-    stage(dk, memory + 64 * D * 4, p.scale * kUnshift);
+    const uint32_t dv_memory = warpgroup * (2 * 64 * D * 4), dk_memory = dv_memory + 64 * D * 4;
+    if (p.round_dkv) {
+      stage_rounded(dv, dv_memory, kUnshift);
+      stage_rounded(dk, dk_memory, p.scale * kUnshift);
+    } else {
+      stage_fp32(dv, dv_memory, kUnshift);
+      stage_fp32(dk, dk_memory, p.scale * kUnshift);
+    }
     shared_to_async();
-    named_sync(6 + warpgroup, 128);
+    named_sync(2 + warpgroup, 128);
     if ((threadIdx.x & 127) == 0) {
-      for (int block = 0; block < D / 32; block++) {
-        const BoxAt at = {32 * block, t.key + 64 * warpgroup, t.key_head, t.batch, t.part};
-        const uint32_t dv_from = base + memory + block * kBlock, dk_from = dv_from + 64 * D * 4;
+      const int width = p.round_dkv ? 64 : 32;
+      for (int block = 0; block < D / width; block++) {
+        const BoxAt at = {width * block, t.key + 64 * warpgroup, t.key_head, t.batch, t.part};
+        const uint32_t dv_from = base + dv_memory + block * 8192, dk_from = base + dk_memory + block * 8192;
         if (p.carry_dkv) {
           add_box(&maps.dv, dv_from, at);
           add_box(&maps.dk, dk_from, at);

@@ -19,14 +19,15 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   const auto keys = [&](const void* pointer, Element element, const SeqparStrides& strides) {
     return Tiled{pointer, element, x.parts, x.batch, x.seqlen_k, x.nheads_kv, x.headdim, strides};
   };
+  const Element gradient = a.round_dkv ? element : Element::kFp32;
   BackwardMaps maps;
   int32_t error = make_tensor_map(&maps.q, queries(a.q, element, a.q_strides), C::QUERIES);
   if (!error) error = make_tensor_map(&maps.k, keys(a.k, element, a.k_strides), C::KEYS);
   if (!error) error = make_tensor_map(&maps.v, keys(a.v, element, a.v_strides), C::KEYS);
   if (!error) error = make_tensor_map(&maps.dout, queries(a.dout, element, a.dout_strides), C::QUERIES);
   if (!error) error = make_tensor_map(&maps.dq, queries(a.dq, Element::kFp32, a.dq_strides), 16);
-  if (!error) error = make_tensor_map(&maps.dk, keys(a.dk, Element::kFp32, a.dk_strides), 64);
-  if (!error) error = make_tensor_map(&maps.dv, keys(a.dv, Element::kFp32, a.dv_strides), 64);
+  if (!error) error = make_tensor_map(&maps.dk, keys(a.dk, gradient, a.dk_strides), 64);
+  if (!error) error = make_tensor_map(&maps.dv, keys(a.dv, gradient, a.dv_strides), 64);
   if (error) return error;
 
   BackwardParams p = {};
@@ -48,7 +49,9 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   p.query_tiles = (x.seqlen_q + C::QUERIES - 1) / C::QUERIES;
   p.key_tiles_per_part = (x.seqlen_k + C::KEYS - 1) / C::KEYS;
   p.key_tiles = p.key_tiles_per_part * x.parts;
+  p.order = a.deterministic ? a.counter : nullptr;
   p.carry_dkv = a.carry_dkv;
+  p.round_dkv = a.round_dkv;
   p.scale = x.softmax_scale;
   p.score_scale = C::SOFTCAP ? x.softmax_scale / x.softcap : 1.f;
   p.scale_log2 = (C::SOFTCAP ? x.softcap : x.softmax_scale) * kLog2E;

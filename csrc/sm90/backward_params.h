@@ -4,18 +4,22 @@
 
 namespace seqpar::sm90 {
 
+// P, and with it dS and what is accumulated in dq, is 2 to the power of this times itself throughout (see
+// BackwardConfig::AHEAD).
+constexpr int backward_shift(int headdim, bool bf16) { return headdim == 128 && bf16 ? 14 : 0; }
+
 struct BackwardParams {
   const float* lse;                                      // [batch, nheads, seqlen_q], natural logarithm
   const float* delta;                                    // [batch, nheads, seqlen_q]
   int64_t lse_batch, lse_head, delta_batch, delta_head;  // strides in elements
   const int32_t* query_lo;                               // [seqlen_k], INTERVAL
   const int32_t* query_hi;
-  int* order;  // deterministic: [batch, nheads, query tiles, blocks of dq], zeroed ints, returned zeroed
+  int* order;  // deterministic: [batch, nheads, query tiles, 8 warps], zeroed ints, returned zeroed
   int seqlen_q, seqlen_k, batch, nheads, nheads_kv;
   int causal, offset;
   int query_tiles, key_tiles;  // per head; of all parts
   int key_tiles_per_part;
-  int carry_dkv;
+  int carry_dkv, round_dkv;
   float scale, scale_log2;  // softmax_scale; softcap only: exponents of two from capped scores
   float score_scale;        // softcap only: scores times this are capped by tanh
 };

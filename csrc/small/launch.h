@@ -7,7 +7,6 @@
 namespace seqpar {
 
 int32_t delta(const SeqparDelta& arguments, cudaStream_t stream);
-int32_t convert(const SeqparConvert& arguments, cudaStream_t stream);
 int32_t merge(const SeqparMerge& arguments, cudaStream_t stream);
 int32_t accumulate(const SeqparAccumulate& arguments, cudaStream_t stream);
 

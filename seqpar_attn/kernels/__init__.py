@@ -39,8 +39,8 @@ class _Backend(NamedTuple):
 
 # In the order in which "auto" prefers them. A new backend is one line here.
 _BACKENDS = {
+    "cuda": _Backend(".cuda", "CudaKernel", ("cuda",)),
     "triton": _Backend(".triton", "TritonKernel", ("cuda",)),
-    "cuda": _Backend(".cuda", "CudaKernel", ()),
     "aten": _Backend(".aten", "AtenKernel", ("cuda",)),
     "reference": _Backend(".reference", "ReferenceKernel", ("cpu",)),
     "cudnn": _Backend(".aten", "CudnnKernel", ()),
@@ -159,6 +159,9 @@ def resolve(
     if name != "auto":
         if name not in _BACKENDS:
             raise ValueError(f"expected auto or one of {', '.join(_BACKENDS)}, got {name!r}")
+        kernel = _load(name)
+        if not isinstance(kernel, str):
+            kernel.prepare()
         reason = _refusal(name, device, dtype, headdim, kinds, softcap, deterministic)
         if reason is not None:
             raise ValueError(f"expected a backend that can serve this call, got {name!r}: {reason}")

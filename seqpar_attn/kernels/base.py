@@ -132,8 +132,18 @@ class Kernel(Protocol):
         """Gradients of one block, given the *global* ``lse`` and ``delta``.
 
         ``dq, dk, dv`` are accumulators of the shapes of ``q, k, v``: added to if carried, else overwritten in full.
-        Rows with lse -inf (no key anywhere) contribute nothing.
+        What is in ``dq`` is the backend's own affair until ``finish_dq``; sums of it are sums. Not carried, ``dk`` and
+        ``dv`` may both have the input dtype instead: results that are rounded once. Rows with lse -inf (no key
+        anywhere) contribute nothing.
         """
+        ...
+
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        """Write the gradient of ``q`` that was accumulated in ``dq`` into ``grad``, in the input dtype."""
+        ...
+
+    def prepare(self) -> None:
+        """The backend was asked for by name: make available what can be made, such as a library to be compiled."""
         ...
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:

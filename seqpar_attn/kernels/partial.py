@@ -231,7 +231,7 @@ class PartialKernel:
         if block_dk.shape[2] != k.shape[2]:
             # One gradient per query head came back: sum the group in the accumulator's precision, not the input's.
             grouped = (*block_dk.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
-            block_dk, block_dv = (x.reshape(grouped).sum(3, dtype=dk.dtype) for x in (block_dk, block_dv))
+            block_dk, block_dv = (x.reshape(grouped).sum(3, dtype=dq.dtype) for x in (block_dk, block_dv))
         _accumulate(dq, block_dq, rows, carry_dq)
         for target, block in ((dk, block_dk), (dv, block_dv)):
             if target.ndim == 5:  # no mask, so every key is seen
@@ -239,6 +239,12 @@ class PartialKernel:
                     _accumulate(part, part_of_block, slice(0, part.shape[1]), carry_dkv)
             else:
                 _accumulate(target, block, keys, carry_dkv)
+
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        grad.copy_(dq)
+
+    def prepare(self) -> None:
+        pass
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta_reference(out, dout)

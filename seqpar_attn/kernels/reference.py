@@ -143,6 +143,12 @@ class ReferenceKernel:
             else:
                 target.copy_(block)
 
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        grad.copy_(dq)
+
+    def prepare(self) -> None:
+        pass
+
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta_reference(out, dout)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from ...mask import MaskKind
 from ..base import BlockMask, accumulator_dtype, forward_without_keys
 from ..tape import on_device_of
-from . import library
+from . import building, library
 from .launch import Plan, launch, make_plan, strides
-from .structs import Accumulate, Backward, Delta, Forward, Merge, Problem, RowStrides
+from .library import load
+from .structs import Accumulate, Backward, Delta, FinishDq, Forward, Merge, Problem, RowStrides
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 _MASKS = {MaskKind.FULL: 0, MaskKind.CAUSAL: 1, MaskKind.INTERVAL: 2}
@@ -51,11 +53,24 @@ class CudaKernel:
     def __init__(self, variant: int = 0) -> None:
         """``variant``: 0 lets the library choose between its tile shapes, other numbers are for measurements."""
         self._variant = variant
+        self._failed: str | None = None
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no NVIDIA GPU"
-        return library.unavailable()
+        return self._failed or library.unavailable()
+
+    def prepare(self) -> None:
+        """Compile the library where there is none and nvcc is."""
+        if not torch.cuda.is_available() or library.unavailable() is None:
+            return
+        arch = _ARCHITECTURES.get(_architecture(torch.device("cuda", torch.cuda.current_device())))
+        if arch is None:
+            return
+        try:
+            library.load(build=True, arch=arch)
+        except (library.LibraryError, building.BuildError) as error:
+            self._failed = str(error)  # which is then why the backend cannot serve
 
     def refuses(
         self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
@@ -141,17 +156,19 @@ class CudaKernel:
         def plan() -> Plan:
             struct = Backward(
                 problem=_problem(q, k, mask, softmax_scale, softcap, self._variant), carry_dq=carry_dq,
-                carry_dkv=carry_dkv,
-                deterministic=deterministic, q_strides=strides(q), k_strides=strides(k), v_strides=strides(v),
+                carry_dkv=carry_dkv, round_dkv=dk.dtype == q.dtype, deterministic=deterministic,
+                q_strides=strides(q), k_strides=strides(k), v_strides=strides(v),
                 dout_strides=strides(dout), dq_strides=strides(dq), dk_strides=strides(dk), dv_strides=strides(dv),
                 lse_strides=_rows(lse), delta_strides=_rows(delta),
             )  # fmt: skip
             fields = ("q", "k", "v", "dout", "lse", "delta", "dq", "dk", "dv")
             bounds = tuple(f"problem.{name}" for name in ("query_lo", "query_hi"))
-            return make_plan("backward", struct, fields + bounds, counters=2)
+            counters = load().seqpar_attn_backward_counters(ctypes.byref(struct)) if deterministic else 0
+            return make_plan("backward", struct, fields + bounds, counters)
 
         arrays = (q, k, v, dout, lse, delta, dq, dk, dv, mask.query_lo, mask.query_hi)
-        options = (mask.kind, mask.offset, softmax_scale, softcap, carry_dq, carry_dkv, deterministic, self._variant)
+        flags = (carry_dq, carry_dkv, deterministic, dk.dtype)
+        options = (mask.kind, mask.offset, softmax_scale, softcap, *flags, self._variant)
         with on_device_of(q):
             launch("backward", options, arrays, plan)
 
@@ -171,6 +188,21 @@ class CudaKernel:
         with on_device_of(out):
             launch("delta", None, (out, dout, delta), plan)
         return delta
+
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        if dq.numel() == 0:
+            return
+
+        def plan() -> Plan:
+            batch, seqlen, nheads, headdim = dq.shape
+            struct = FinishDq(
+                batch=batch, seqlen=seqlen, nheads=nheads, headdim=headdim, dtype=_DTYPES[grad.dtype],
+                softmax_scale=softmax_scale, dq_strides=strides(dq), grad_strides=strides(grad),
+            )  # fmt: skip
+            return make_plan("finish_dq", struct, ("dq", "grad"))
+
+        with on_device_of(dq):
+            launch("finish_dq", (softmax_scale, grad.dtype), (dq, grad), plan)
 
     def merge(
         self,

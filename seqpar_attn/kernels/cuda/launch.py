@@ -1,4 +1,4 @@
-"""Calls of the C interface with little host time: a struct is filled once per geometry, a call writes addresses into it.
+"""Calls of the C interface with little host time: a struct is filled once per geometry, a call adds the addresses.
 
 A geometry is everything but the addresses: shapes, strides, dtype and options.
 """

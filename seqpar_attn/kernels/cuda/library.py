@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -169,7 +170,7 @@ _OTHERS = ("struct_size", "architectures", "error", "backward_counters")
 
 def _function(struct: type[ctypes.Structure]) -> str:
     """The function that takes ``struct``, without its prefix."""
-    return struct.__name__.lower()
+    return re.sub("(?<!^)(?=[A-Z])", "_", struct.__name__).lower()
 
 
 def _expect_functions(library: ctypes.CDLL, names: Iterable[str], path: Path) -> None:

@@ -42,7 +42,7 @@ class Backward(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         ("problem", Problem),
         *[(n, c_void_p) for n in ("q", "k", "v", "dout", "lse", "delta", "dq", "dk", "dv")],
-        *[(n, c_int32) for n in ("carry_dq", "carry_dkv", "deterministic")],
+        *[(n, c_int32) for n in ("carry_dq", "carry_dkv", "round_dkv", "deterministic")],
         *[(f"{n}_strides", Strides) for n in ("q", "k", "v", "dout", "dq", "dk", "dv")],
         *[(f"{n}_strides", RowStrides) for n in ("lse", "delta")],
         ("counter", c_void_p),
@@ -58,11 +58,12 @@ class Delta(ctypes.Structure):
     ]
 
 
-class Convert(ctypes.Structure):
+class FinishDq(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         *[(n, c_int32) for n in ("batch", "seqlen", "nheads", "headdim", "dtype")],
-        *[(n, c_void_p) for n in ("source", "target")],
-        *[(f"{n}_strides", Strides) for n in ("source", "target")],
+        ("softmax_scale", c_float),
+        *[(n, c_void_p) for n in ("dq", "grad")],
+        *[(f"{n}_strides", Strides) for n in ("dq", "grad")],
     ]
 
 
@@ -84,5 +85,5 @@ class Accumulate(ctypes.Structure):
     ]
 
 
-STRUCTS = (Forward, Backward, Delta, Convert, Merge, Accumulate)
+STRUCTS = (Forward, Backward, Delta, FinishDq, Merge, Accumulate)
 """In the order in which ``seqpar_attn_struct_size`` numbers them."""

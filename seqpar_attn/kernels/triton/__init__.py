@@ -148,6 +148,12 @@ class TritonKernel:
             tile = self._choose("dq", *where)
             launchers.launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
 
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        grad.copy_(dq)
+
+    def prepare(self) -> None:
+        pass
+
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         batch, seqlen, nheads, _ = out.shape
         delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)

@@ -355,7 +355,7 @@ def launch_dkdv(
 
     arrays = (q, k, v, dout, lse, delta, dk, dv, mask.query_lo, mask.query_hi)
     variables = (int(carry), mask.offset, softmax_scale, *score_scales(softmax_scale, softcap))
-    launch(dkdv_kernel, (tile, mask.kind, softcap is None), arrays, variables, plan)
+    launch(dkdv_kernel, (tile, mask.kind, softcap is None, dk.dtype), arrays, variables, plan)
 
 
 def _query_boxes(tile: Tile, dim: int) -> dict[int, list[int]]:
