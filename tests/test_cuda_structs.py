@@ -43,7 +43,7 @@ def test_every_struct_of_the_header_has_a_mirror() -> None:
     assert set(mirrors()) == set(DECLARED)
     functions = re.findall(r"int32_t seqpar_attn_(\w+)\(const Seqpar(\w+)\* arguments, void\* stream\)", HEADER)
     assert [name for _, name in functions] and {name for _, name in functions} == {s.__name__ for s in structs.STRUCTS}
-    assert all(function == name.lower() for function, name in functions)
+    assert all(function == re.sub("(?<!^)(?=[A-Z])", "_", name).lower() for function, name in functions)
 
 
 def test_abi_and_enumerations() -> None:

@@ -57,7 +57,7 @@ def stub(monkeypatch):
 
 
 def test_names() -> None:
-    assert {"reference", "aten", "cudnn", "triton", "flash_attn"} <= set(kernels.names())
+    assert {"reference", "aten", "cuda", "cudnn", "triton", "flash_attn"} <= set(kernels.names())
     assert "auto" not in kernels.names()
 
 
@@ -65,7 +65,7 @@ def test_get() -> None:
     for name in ("reference", "aten", "cudnn", "flash_attn"):
         assert kernels.get(name).name == name
         assert kernels.get(name) is kernels.get(name)
-    with pytest.raises(ValueError, match=r"expected one of triton, .*, got 'fastest'"):
+    with pytest.raises(ValueError, match=r"expected one of cuda, triton, .*, got 'fastest'"):
         kernels.get("fastest")
 
 
@@ -84,29 +84,45 @@ def test_auto_on_cpu(dtype) -> None:
 
 
 def test_auto_on_cuda_prefers_and_falls_through(stub) -> None:
-    stub(triton=FakeKernel("triton"), aten=FakeKernel("aten"))
-    assert kernels.resolve("auto", CUDA, torch.bfloat16, 64, ALL).name == "triton"
+    stub(cuda=FakeKernel("cuda"), triton=FakeKernel("triton"), aten=FakeKernel("aten"))
+    assert kernels.resolve("auto", CUDA, torch.bfloat16, 64, ALL).name == "cuda"
     report = kernels.explain(CUDA, torch.bfloat16, 64, ALL)
-    assert report[:2] == [("triton", "chosen"), ("aten", "not needed: triton is preferred")]
+    others = [(name, "not needed: cuda is preferred") for name in ("triton", "aten")]
+    assert report[:3] == [("cuda", "chosen"), *others]
     assert dict(report)["reference"] == "only by name on cuda"
     assert sorted(name for name, _ in report) == sorted(kernels.names())
 
 
 def test_auto_on_cuda_says_why_it_fell_through(stub) -> None:
-    stub(triton="cannot import it (no triton)", aten=FakeKernel("aten"))
+    stub(cuda=FakeKernel("cuda", "no library"), triton="cannot import it (no triton)", aten=FakeKernel("aten"))
     assert kernels.resolve("auto", CUDA, torch.bfloat16, 64, ALL).name == "aten"
-    assert kernels.explain(CUDA, torch.bfloat16, 64, ALL)[:2] == [
+    assert kernels.explain(CUDA, torch.bfloat16, 64, ALL)[:3] == [
+        ("cuda", "no library"),
         ("triton", "cannot import it (no triton)"),
         ("aten", "chosen"),
     ]
 
 
 def test_auto_never_takes_the_quadratic_reference_on_cuda(stub) -> None:
-    stub(triton=FakeKernel("triton", missing="no GPU"), aten=FakeKernel("aten", refuses="expected full, got interval"))
+    stub(
+        cuda=FakeKernel("cuda", missing="no library"),
+        triton=FakeKernel("triton", missing="no GPU"),
+        aten=FakeKernel("aten", refuses="expected full, got interval"),
+    )
     with pytest.raises(
-        ValueError, match="got none: triton: no GPU; aten: expected full, got interval; reference: only"
+        ValueError,
+        match="got none: cuda: no library; triton: no GPU; aten: expected full, got interval; reference: only",
     ):
         kernels.resolve("auto", CUDA, torch.bfloat16, 64, ALL)
+
+
+def test_asked_for_by_name_a_backend_may_prepare_itself(stub) -> None:
+    """As the one that compiles its library then; "auto" must not start that."""
+    kernel = FakeKernel("cuda", missing="not compiled")
+    kernel.prepare = lambda: setattr(kernel, "_missing", None)
+    stub(cuda=kernel, triton=FakeKernel("triton"))
+    assert kernels.resolve("auto", CUDA, torch.bfloat16, 64, ALL).name == "triton"
+    assert kernels.resolve("cuda", CUDA, torch.bfloat16, 64, ALL).name == "cuda"
 
 
 def test_auto_float64_is_the_reference_anywhere(stub) -> None:

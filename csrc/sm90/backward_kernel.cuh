@@ -91,16 +91,32 @@ template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   return t;
 }
 
-// A place in a ring of STAGES buffers, and the parity of the current round.
-template <int STAGES> struct Ring {
-  int stage = 0, parity = 0;
+// A place in a ring of buffers, and the parity of the current round. Of two buffers it is one number: registers are
+// short.
+template <int STAGES> class Ring {
+ public:
+  DEVICE int stage() const { return STAGES == 2 ? index & 1 : index; }
+  DEVICE int parity() const { return STAGES == 2 ? (index >> 1) & 1 : round; }
   DEVICE void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
+    index++;
+    if (STAGES != 2 && index == STAGES) {
+      index = 0;
+      round ^= 1;
     }
   }
-  DEVICE Ring before() const { return stage == 0 ? Ring{STAGES - 1, parity ^ 1} : Ring{stage - 1, parity}; }
+  DEVICE Ring before() const {
+    Ring r = *this;
+    if (STAGES != 2 && index == 0) {
+      r.index = STAGES - 1;
+      r.round ^= 1;
+    } else {
+      r.index--;
+    }
+    return r;
+  }
+
+ private:
+  int index = 0, round = 0;
 };
 
 // The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
@@ -130,11 +146,11 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
                        uint32_t full, uint32_t empty) {
   Ring<STAGES> ring;
   for_each_tile(p, t, [&](int tile, int head) {
-    const uint32_t ready = full + 8 * ring.stage;
-    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    const uint32_t ready = full + 8 * ring.stage();
+    barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
     barrier_expect(ready, C::QUERY_BYTES);
     for (int block = 0; block < C::BLOCKS; block++) {
-      load_box(target + ring.stage * C::QUERY_BYTES + block * (C::QUERIES * 128), map, ready,
+      load_box(target + ring.stage() * C::QUERY_BYTES + block * (C::QUERIES * 128), map, ready,
                {64 * block, tile * C::QUERIES, head, t.batch, 0}, kEvictLast);
     }
     ring.advance();
@@ -149,16 +165,16 @@ DEVICE void load_rows(const float* from, int64_t head_stride, float factor, floa
   const int lane = threadIdx.x & 31;
   Ring<STAGES> ring;
   for_each_tile(p, t, [&](int tile, int head) {
-    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+    barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
 #pragma unroll 1
     for (int r = lane; r < C::QUERIES; r += 32) {
       const int row = tile * C::QUERIES + r;
       const float x = row < p.seqlen_q ? from[head * head_stride + row] : outside;
       const float y = x == -INFINITY ? x : fmaf(x, factor, shift);
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage * C::QUERIES + r)), "f"(y) : "memory");
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage() * C::QUERIES + r)), "f"(y) : "memory");
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8 * ring.stage);
+    if (lane == 0) barrier_arrive(full + 8 * ring.stage());
     ring.advance();
   });
 }
@@ -199,14 +215,14 @@ template <class C> struct BackwardConsumer {
   int warpgroup, warp, lane, batch;
   Ring<C::Q_STAGES> q;
   Ring<C::DOUT_STAGES> dout;
-  Ring<C::DS_SLOTS> slot;                 // of dS
+  Ring<C::DS_SLOTS> own_slot;             // of dS, where it differs from the queries' place
   int late_tile = -1, late_head = 0;      // whose dQ is multiplied next
   int stored_tile = -1, stored_head = 0;  // whose dQ is added next
   float dk[D / 2], dv[D / 2];
   float probabilities[QUERIES / 2];  // scores, then P
   float dp[QUERIES / 2];
   uint32_t packed_p[QUERIES / 4], half_p[QUERIES / 4], packed_ds[QUERIES / 4];
-  int lo0, lo1, hi0, hi1;  // queries that see keys r0 and r0 + 8, less this thread's first column; hi: INTERVAL only
+  int tile_key;
 
   DEVICE BackwardConsumer(const BackwardMaps& maps, const BackwardParams& p, uint8_t* shared)
       : maps(maps), p(p), shared(shared), base(shared_address(shared)) {
@@ -283,11 +299,14 @@ template <class C> struct BackwardConsumer {
     const int query = tile * QUERIES;
     const int2 inner = *inner_queries();
     if (query < inner.x || query + QUERIES > inner.y) {
+      const int key = tile_key + 64 * warpgroup + warp * 16 + (lane >> 2), column = query + 2 * (lane & 3);
+      const int2 seen0 = seeing_queries(key), seen1 = seeing_queries(key + 8);
+      const int lo0 = seen0.x - column, lo1 = seen1.x - column, hi0 = seen0.y - column, hi1 = seen1.y - column;
 #pragma unroll
       for (int j = 0; j < QUERIES / 8; j++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const int i = query + 8 * j + c;
+          const int i = 8 * j + c;
           if (i < lo0 || (C::INTERVAL && i >= hi0)) probabilities[4 * j + c] = 0.f;
           if (i < lo1 || (C::INTERVAL && i >= hi1)) probabilities[4 * j + 2 + c] = 0.f;
         }
@@ -391,32 +410,30 @@ template <class C> struct BackwardConsumer {
     }
   }
 
-  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
-  DEVICE void set_bounds(int tile_key) {
-    const int first = tile_key + 64 * warpgroup, key = first + warp * 16 + (lane >> 2), column = 2 * (lane & 3);
-    const int last_key = p.seqlen_k - 1;
+  // The queries [x, y) that see a key; y counts under INTERVAL only. Asked anew for every tile that has a border in it:
+  // kept, they would take registers from all tiles.
+  DEVICE int2 seeing_queries(int key) const {
     constexpr int kNever = 1 << 30;
-    int2 inner = make_int2(-kNever, kNever);
-    lo0 = lo1 = -kNever;
-    if constexpr (C::INTERVAL) {
-      lo0 = p.query_lo[min(key, last_key)];
-      lo1 = p.query_lo[min(key + 8, last_key)];
-      hi0 = p.query_hi[min(key, last_key)] - column;
-      hi1 = p.query_hi[min(key + 8, last_key)] - column;
-      inner = make_int2(p.query_lo[min(first + 63, last_key)], p.query_hi[min(first, last_key)]);
-    } else if (p.causal) {
-      lo0 = key - p.offset;
-      lo1 = lo0 + 8;
-      inner.x = first + 63 - p.offset;
-    }
-    if (key > last_key) lo0 = kNever;
-    if (key + 8 > last_key) lo1 = kNever;
-    if (first + 63 > last_key) inner.x = kNever;
-    *inner_queries() = inner;  // in shared memory: registers are short; each thread reads what it wrote itself
-    lo0 -= column;
-    lo1 -= column;
+    if (key >= p.seqlen_k) return make_int2(kNever, kNever);
+    if constexpr (C::INTERVAL) return make_int2(p.query_lo[key], p.query_hi[key]);
+    return make_int2(p.causal ? key - p.offset : -kNever, kNever);
+  }
+  // Those that see all keys of this warpgroup, in shared memory; each thread reads what it wrote itself.
+  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
+  DEVICE void set_bounds(int tile_key_) {
+    tile_key = tile_key_;
+    const int first = tile_key + 64 * warpgroup, last = first + 63;
+    *inner_queries() = make_int2(seeing_queries(last).x, seeing_queries(min(first, p.seqlen_k - 1)).y);
   }
 
+  // The slot for dS of the tile at this place in the queries' ring.
+  DEVICE Ring<C::DS_SLOTS> slot_beside(const Ring<C::Q_STAGES>& place) const {
+    if constexpr (C::Q_STAGES == C::DS_SLOTS) {
+      return place;
+    } else {
+      return own_slot;
+    }
+  }
   DEVICE void multiply_scores(int stage) {
     pin(probabilities);
     wgmma_fence();
@@ -426,8 +443,9 @@ template <class C> struct BackwardConsumer {
   // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
   DEVICE void step(int tile, int head, int next_tile, bool more) {
     auto& dq = reinterpret_cast<float (&)[32]>(dp);  // has dP's registers when that is not needed any more
-    const int q_stage = q.stage, dout_stage = dout.stage;
-    barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity);
+    const Ring<C::Q_STAGES> here = q;
+    const int q_stage = q.stage(), dout_stage = dout.stage();
+    barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity());
     q.advance();
     dout.advance();
     pin(packed_p);
@@ -438,8 +456,8 @@ template <class C> struct BackwardConsumer {
     if (stored_tile >= 0) add_dq();
     const auto next_scores = [&] {
       // After the last tile there is no next: its scores are those of a stale tile, and nobody reads them.
-      if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage, q.parity);
-      multiply_scores(q.stage);
+      if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage(), q.parity());
+      multiply_scores(q.stage());
     };
     wgmma_wait<0>();
     pin(dp);
@@ -459,11 +477,11 @@ template <class C> struct BackwardConsumer {
     }
     if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
-    const Ring<C::DS_SLOTS> before = slot.before();
-    if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
-    store_ds(slot.stage);
+    const Ring<C::DS_SLOTS> slot = slot_beside(here), before = slot.before();
+    if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
+    store_ds(slot.stage());
     wgmma_fence();
-    multiply_dq(dq, before.stage);  // beside the first tile: of stale memory, dropped
+    multiply_dq(dq, before.stage());  // beside the first tile: of stale memory, dropped
     if constexpr (C::AHEAD) multiply_dk();
     wgmma_wait<C::AHEAD ? 2 : 1>();
     pin(probabilities);
@@ -471,7 +489,7 @@ template <class C> struct BackwardConsumer {
       pin(dk);
       pin(packed_ds);
     }
-    exponentials(next_tile, q.stage);
+    exponentials(next_tile, q.stage());
     if constexpr (C::AHEAD) {
       pack_probabilities();
       pin(packed_p);
@@ -482,7 +500,7 @@ template <class C> struct BackwardConsumer {
     shared_to_async();                // dS, stored long enough ago that this does not wait
     if (lane == 0) bulk_wait_read();  // the dQ tile before has left its memory
     __syncwarp();
-    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage);
+    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
     wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
     if (late_tile >= 0) store_dq(dq);
@@ -497,7 +515,7 @@ template <class C> struct BackwardConsumer {
     if constexpr (!C::AHEAD) pack_probabilities();
     late_tile = tile;
     late_head = head;
-    slot.advance();
+    own_slot.advance();
   }
 
   // This warpgroup's rows of an accumulator as fp32, blocks of 32 columns, at `memory`.
@@ -582,11 +600,11 @@ template <class C> struct BackwardConsumer {
           }
         }
         if (stored_tile >= 0) add_dq();
-        const Ring<C::DS_SLOTS> before = slot.before();
-        barrier_wait(base + S::DS_FULL + 8 * before.stage, before.parity);
+        const Ring<C::DS_SLOTS> before = slot_beside(q).before();
+        barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
         wgmma_fence();
         auto& dq = reinterpret_cast<float (&)[32]>(dp);
-        multiply_dq(dq, before.stage);
+        multiply_dq(dq, before.stage());
         if (lane == 0) bulk_wait_read();
         __syncwarp();
         wgmma_wait<0>();
