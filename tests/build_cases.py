@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_NVCC = {"CUDA_HOME": str(ROOT / "no-such-toolkit"), "CUDA_PATH": ""}
 """An environment in which no nvcc is found."""
 _OURS = ("SEQPAR_ATTN_CUDA", "SEQPAR_ATTN_LIBRARY", "SEQPAR_ATTN_CACHE", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
+
+
+def snake(name: str) -> str:
+    """FinishDq -> finish_dq: a struct's name and its function's."""
+    return re.sub("(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def checkout(target: Path) -> Path:
@@ -71,7 +77,7 @@ def fake_library(
         "counters": "int64_t seqpar_attn_backward_counters(const SeqparBackward* a) { return 0; }",
     }
     for name in names:
-        functions[name] = f"int32_t seqpar_attn_{name.lower()}(const Seqpar{name}* a, void* s) {{ return 0; }}"
+        functions[name] = f"int32_t seqpar_attn_{snake(name)}(const Seqpar{name}* a, void* s) {{ return 0; }}"
     functions.pop(without, None)
     code = '#include "seqpar_attn.h"\n' + "\n".join(functions.values())
     command = ["cc", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-x", "c", "-", "-o", str(target)]

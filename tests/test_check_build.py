@@ -215,7 +215,7 @@ def test_bad_kernels_are_found(tmp_path) -> None:
 @pytest.mark.build
 def test_warnings_are_errors(tmp_path) -> None:
     root = checkout(tmp_path / "checkout")
-    with (root / "csrc" / "small" / "convert.cu").open("a") as file:
+    with (root / "csrc" / "small" / "merge.cu").open("a") as file:
         file.write("static int unused_function() { return 1; }\n")
     done = run(CHECK, "--root", str(root), "--arch", "80", cwd=tmp_path)
     assert done.returncode == 1 and "unused_function" in done.stdout and "FAILED compiling csrc/small" in done.stdout
