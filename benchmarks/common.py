@@ -149,8 +149,7 @@ def describe(header: dict[str, Any]) -> str:
 
 
 def write(out: Path, name: str, payload: dict[str, Any], text: str) -> None:
-    """``NAME.json`` and ``NAME.md`` in ``out``; the text is printed as well."""
+    """``NAME.json`` and ``NAME.md`` in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
     (out / f"{name}.md").write_text(text + "\n")
-    print(text, flush=True)

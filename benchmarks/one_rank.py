@@ -32,11 +32,13 @@ def _source(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Copied:
-    def __init__(self, event: torch.cuda.Event):
-        self.event = event
+    def __init__(self, rank: OneRank, event: torch.cuda.Event):
+        self.rank, self.event = rank, event
 
     def wait(self) -> None:
+        start = time.perf_counter()
         torch.cuda.current_stream().wait_event(self.event)
+        self.rank.host_seconds += time.perf_counter() - start
 
 
 class OneRank:
@@ -75,7 +77,7 @@ class OneRank:
                 tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        return _Copied(event)
+        return _Copied(self, event)
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if error is not None:

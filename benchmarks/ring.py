@@ -56,7 +56,13 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
             share.run(pool, keep=n > 0)
     rows = []
     for name, ranks in shares.items():
-        row: dict = {"tokens_per_gpu": tokens, "method": name, "world_size": world_size, "rounds": rounds}
+        row: dict = {
+            "tokens_per_gpu": tokens,
+            "method": name,
+            "backend": single.kernel.name,
+            "world_size": world_size,
+            "rounds": rounds,
+        }
         both: dict[str, float] = {}
         # Ranks differ by a launch or two, so those that attend only later ranks' keys, both, and only earlier ones'.
         hosts = [ranks[rank].host(pool, HOST_PASSES) for rank in (0, world_size // 2, world_size - 1)]
@@ -122,7 +128,9 @@ def render(payload: dict) -> str:
                 cells += [f"{x['single_tflops']:.0f}", f"{x['host_us_per_step']:.0f}", f"{x['gpu_us_per_step']:.0f}"]
             lines.append(cells)
     note = (
-        "One rank at a time on one GPU; " + TRANSFERS[payload["transfers"]] + ". "
+        f"Backend {payload['rows'][0]['backend']}. One rank at a time on one GPU; "
+        + TRANSFERS[payload["transfers"]]
+        + ". "
         "* simulated from the measured step times."
     )
     return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
@@ -152,6 +160,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     payload["machine"]["clocks_after"] = clocks()
     write(arguments.out, "ring", payload, render(payload))
+    print(render(payload), flush=True)
 
 
 if __name__ == "__main__":
