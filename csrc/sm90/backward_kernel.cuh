@@ -69,13 +69,17 @@ template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
   return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
 }
 
-// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Under a causal mask the first
-// key tiles take longest, and go first.
+// Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
+// differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
+template <class C> DEVICE int key_tile(const BackwardParams& p) {
+  return C::INTERVAL || p.causal ? blockIdx.z : blockIdx.x;
+}
 template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   BackwardTile t;
-  const int tile = blockIdx.y, index = blockIdx.z * gridDim.x + blockIdx.x;
-  t.batch = p.batch == 1 ? 0 : index / p.nheads_kv;
-  t.key_head = index - t.batch * p.nheads_kv;
+  const bool by_tile = C::INTERVAL || p.causal;
+  const int tile = key_tile<C>(p);
+  t.key_head = by_tile ? blockIdx.x : blockIdx.y;
+  t.batch = by_tile ? blockIdx.y : blockIdx.z;
   t.part = 0;
   t.key = tile * C::KEYS;
   if (p.key_tiles_per_part < p.key_tiles) {
@@ -382,7 +386,7 @@ template <class C> struct BackwardConsumer {
            4 * warpgroup + warp;
   }
   DEVICE void wait_for_turn() const {
-    int before = static_cast<int>(blockIdx.y);
+    int before = key_tile<C>(p);
     if constexpr (C::INTERVAL) {  // only those that the query tile sees
       int first = 0;
       while (end_query_tile<C>(p, first * C::KEYS) <= stored_tile) first++;
@@ -394,7 +398,7 @@ template <class C> struct BackwardConsumer {
     } while (done != before);
   }
   DEVICE void end_turn() const {
-    const int next = static_cast<int>(blockIdx.y) + 1;
+    const int next = key_tile<C>(p) + 1;
     const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > stored_tile;
     bulk_wait();
     // What the copy engine wrote comes before what this thread writes.

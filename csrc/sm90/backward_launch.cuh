@@ -10,16 +10,6 @@
 
 namespace seqpar::sm90 {
 
-// Key heads that take turns tile by tile, so that the longest tiles of all of them go first: as many as leave what
-// their tiles share, the queries, dout and dq of a head's group, in the L2 cache (50 MB on an H100). More would stream
-// them from memory once per wave of tiles.
-inline int key_heads_at_once(const SeqparProblem& x) {
-  const double bytes_per_head = 8.0 * x.seqlen_q * (x.nheads / x.nheads_kv) * x.headdim;
-  int heads = x.batch * x.nheads_kv;
-  while (heads % 2 == 0 && heads * bytes_per_head > 40e6) heads /= 2;
-  return heads * bytes_per_head > 40e6 ? 1 : heads;
-}
-
 template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   const Element element = x.dtype == SEQPAR_BF16 ? Element::kBf16 : Element::kFp16;
@@ -71,8 +61,8 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   }
   const auto kernel = backward_kernel<C>;
   if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
-  const int together = x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x);
-  const dim3 grid(together, p.key_tiles, x.batch * x.nheads_kv / together);
+  const bool by_tile = C::INTERVAL || p.causal;
+  const dim3 grid = by_tile ? dim3(x.nheads_kv, x.batch, p.key_tiles) : dim3(p.key_tiles, x.nheads_kv, x.batch);
   kernel<<<grid, C::THREADS, C::SHARED, stream>>>(maps, p);
   return cudaGetLastError();
 }
