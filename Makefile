@@ -65,6 +65,8 @@ test: $(STAMP)
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) csrc/common/generate_wgmma.py --check
+	$(PY) csrc/sm90/generate_instances.py --check
 	sources=$$(if [ -d csrc ]; then find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h'; fi)
 	if [ -n "$$sources" ]; then $(VENV)/bin/clang-format --dry-run -Werror $$sources; fi
 
@@ -85,6 +87,8 @@ define gpu_python
 if python3 -c '$(SEES_GPU)' 2>/dev/null; then python=python3; else $(MAKE) venv; python=$(PY); fi
 $$python -c '$(SEES_GPU)' || { echo "expected an NVIDIA GPU that torch sees, found none" >&2; exit 1; }
 export PYTHONPATH=$(CURDIR)
+# The library of csrc is compiled once, where there is nvcc and a GPU that it serves; without it its tests are skipped.
+$$python -c 'from seqpar_attn import kernels; x = kernels.get("cuda"); x.prepare(); print("csrc:", x.unavailable() or "ready")'
 endef
 
 gpu-test:

@@ -1,5 +1,6 @@
-"""Writes wgmma_shapes.cuh: one function per shape (m64nNk16, 16-bit inputs, fp32 accumulators) and kind of operand."""
+"""Writes wgmma_shapes.cuh: one function per shape (m64nNk16, fp32 accumulators) and operands; --check compares."""
 
+import sys
 from pathlib import Path
 
 KINDS = {
@@ -51,14 +52,20 @@ def function(name: str, columns: int, first: bool) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     parts = [HEADER, "// clang-format off\n"]
     for name, (*_, all_columns) in KINDS.items():
         for columns in all_columns:
             parts += [function(name, columns, False), function(name, columns, True)]
     parts.append("// clang-format on\n\n}  // namespace seqpar\n")
-    (Path(__file__).parent / "wgmma_shapes.cuh").write_text("\n".join(parts))
+    path, text = Path(__file__).parent / "wgmma_shapes.cuh", "\n".join(parts)
+    if "--check" not in sys.argv:
+        path.write_text(text)
+    elif path.read_text() != text:
+        print(f"expected what generate_wgmma.py writes in {path.name}, got something else", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,7 +37,6 @@ template <class T> int32_t by_headdim(const SeqparForward& a, cudaStream_t strea
     if (plain && prefers_narrow(x)) return forward_instance<128, T, Rows::kNarrow, false, false>(a, stream);
     return by_mask<128, T, Rows::kWide>(a, stream);
   }
-  if (x.headdim <= 256) return by_mask<256, T, Rows::kNarrow>(a, stream);
   return kNoKernel;
 }
 

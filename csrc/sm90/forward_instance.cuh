@@ -15,9 +15,6 @@ template <> struct ForwardShape<128, Rows::kWide> {
 template <> struct ForwardShape<128, Rows::kNarrow> {
   static constexpr int warpgroups = 2, keys = 128, stages = 2;
 };
-template <> struct ForwardShape<256, Rows::kNarrow> {
-  static constexpr int warpgroups = 2, keys = 80, stages = 2;
-};
 
 template <int D, class T, Rows ROWS, bool INTERVAL, bool SOFTCAP>
 int32_t forward_instance(const SeqparForward& arguments, cudaStream_t stream) {

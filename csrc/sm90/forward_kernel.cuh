@@ -319,6 +319,7 @@ template <class C> struct ForwardConsumer {
     wgmma_fence();
     multiply_keys();
     barrier_wait(base + S::V_FULL + 8 * before, phase_before);
+    wgmma_fence();
     multiply_values(before);
     wgmma_wait<1>();
     pin(scores);

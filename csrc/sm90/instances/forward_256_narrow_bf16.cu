@@ -1,6 +1,0 @@
-// Written by generate_instances.py; do not edit.
-#include "../forward_instance.cuh"
-
-namespace seqpar::sm90 {
-template int32_t forward_instance<256, Bf16, Rows::kNarrow, false, false>(const SeqparForward&, cudaStream_t);
-}
