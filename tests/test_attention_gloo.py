@@ -215,9 +215,13 @@ def test_absent_peer_is_named():
 
 def test_handshake_fields_cover_the_call():
     """A new argument of Call cannot be forgotten in the comparison."""
+    from seqpar_attn import kernels
     from seqpar_attn.autograd import _describe
     from seqpar_attn.validation import Call
 
     call = Call("ring", "pull", "zigzag", True, None, None, None, 1.0, "auto", False)
     x = torch.zeros(1, 2, 1, 8)
-    assert {f.name for f in dataclasses.fields(Call)} <= _describe(x, x, call).keys()
+    described = _describe(x, x, call, kernels.get("reference"))
+    assert {f.name for f in dataclasses.fields(Call)} <= described.keys()
+    # Accumulators travel in a kernel's own form, so ranks for which "auto" chose different ones must not go on.
+    assert described["chosen backend"] == "reference" != _describe(x, x, call, None)["chosen backend"]
