@@ -39,13 +39,6 @@ DEVICE void add_box(const CUtensorMap* map, uint32_t source, BoxAt at) {
       "r"(source), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(at.part)
       : "memory");
 }
-// Contiguous bytes into shared memory, a multiple of 16.
-DEVICE void load_bytes(uint32_t target, const void* source, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-               "l"(source), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Stores and additions of a thread form groups.
 DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the groups before the last N have read their shared memory.
