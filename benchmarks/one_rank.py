@@ -104,14 +104,15 @@ class Share:
         tokens: int,
         heads: tuple[int, int, int],
         transfers: str = "device",
+        backend: str = "auto",
     ):
         """``heads``: of the queries, of the keys, and their dimension."""
         nheads, nheads_kv, headdim = heads
-        self.call = Call(method, "pull", layout, True, None, None, None, headdim**-0.5, "auto", False)
+        self.call = Call(method, "pull", layout, True, None, None, None, headdim**-0.5, backend, False)
         self.plan = make_plan(method, "pull", layout, world_size, Mask(tokens * world_size))
         self.comm = OneRank(world_size, rank, transfers)
         device = torch.device("cuda", torch.cuda.current_device())
-        self.kernel = kernels.resolve("auto", device, torch.bfloat16, headdim, self.plan.kinds, None, False)
+        self.kernel = kernels.resolve(backend, device, torch.bfloat16, headdim, self.plan.kinds, None, False)
         self.shapes = [(1, tokens, n, headdim) for n in (nheads, nheads_kv, nheads_kv, nheads)]
         self.times = {"forward": Times(), "backward": Times()}
         self.attended = {

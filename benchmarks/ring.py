@@ -38,11 +38,10 @@ def median_steps(share: Share, direction: str) -> list[float]:
 def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     """Rows for one shard length: rounds of the single call and every rank of every method in random order."""
     heads = (arguments.nheads, arguments.nheads_kv, arguments.headdim)
-    single = Share("ring", "contiguous", 1, 0, tokens * world_size, heads)
+    rest = (arguments.transfers, arguments.backend)
+    single = Share("ring", "contiguous", 1, 0, tokens * world_size, heads, *rest)
     shares = {
-        name: [
-            Share(method, layout, world_size, rank, tokens, heads, arguments.transfers) for rank in range(world_size)
-        ]
+        name: [Share(method, layout, world_size, rank, tokens, heads, *rest) for rank in range(world_size)]
         for name, (method, layout) in METHODS.items()
     }
     everyone = [single, *(share for ranks in shares.values() for share in ranks)]
@@ -148,6 +147,7 @@ def main() -> None:
     parser.add_argument(
         "--transfers", choices=("device", "none"), default="device", help="what stands in for the links"
     )
+    parser.add_argument("--backend", default="auto", help="whose kernels")
     parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()

@@ -10,14 +10,15 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from . import kernels
 from .comm import Communicator, Message, communicator
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
-from .kernels.tape import Tape, on_device_of, recording
+from .kernels.device import on_device_of
+from .kernels.tape import Tape, recording
 from .layout import get_layout
 from .mask import Mask
 from .plan import Plan, make_plan
@@ -68,7 +69,7 @@ def _tape_of(program: Program, kernel: Kernel, call: Call, given: Sequence[torch
     for x in given:
         together |= x.data_ptr()
     key: tuple[Hashable, ...] = (
-        kernel.name, given[0].device, given[0].dtype, call.softmax_scale, call.softcap, call.deterministic,
+        cast(Hashable, kernel), given[0].device, given[0].dtype, call.softmax_scale, call.softcap, call.deterministic,
         *[(x.shape, x.stride()) for x in given],
     )  # fmt: skip
     if together % 16:  # mostly all are aligned, and then there is nothing to add

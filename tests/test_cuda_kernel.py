@@ -21,7 +21,7 @@ def hopper(monkeypatch):
     """A GPU of compute capability 9.0, as far as the backend asks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cuda, "_architecture", lambda device: 90)
+    monkeypatch.setattr(cuda, "architecture", lambda device: 90)
     monkeypatch.setattr(library, "architectures", lambda: ("80", "90a"))
 
 
@@ -35,20 +35,20 @@ def test_refuses(hopper, monkeypatch) -> None:
     assert "got cpu" in kernel.refuses(torch.device("cpu"), torch.bfloat16, 64, ALL, None)
     monkeypatch.setattr(library, "architectures", lambda: ("80",))
     assert "built for 90a, got one for 80" in kernel.refuses(GPU, torch.bfloat16, 64, ALL, None)
-    monkeypatch.setattr(cuda, "_architecture", lambda device: 80)
+    monkeypatch.setattr(cuda, "architecture", lambda device: 80)
     assert "capability 9.0, got 8.0" in kernel.refuses(GPU, torch.bfloat16, 64, ALL, None)
 
 
 def test_prepare_compiles_only_what_is_missing(hopper, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(library, "load", lambda **options: asked.append(options))
-    monkeypatch.setattr(library, "unavailable", lambda: None)
+    monkeypatch.setattr(library, "unavailable", lambda arch=None: None)
     CudaKernel().prepare()
     assert not asked
-    monkeypatch.setattr(library, "unavailable", lambda: "no library")
+    monkeypatch.setattr(library, "unavailable", lambda arch=None: "no library")
     CudaKernel().prepare()
     assert asked == [{"build": True, "arch": "90a"}]
-    monkeypatch.setattr(cuda, "_architecture", lambda device: 80)
+    monkeypatch.setattr(cuda, "architecture", lambda device: 80)
     CudaKernel().prepare()
     assert len(asked) == 1, "there is nothing to compile for this GPU"
 
@@ -58,7 +58,7 @@ def test_prepare_that_fails_is_why_the_backend_is_unavailable(hopper, monkeypatc
         raise library.LibraryError("nvcc said no")
 
     monkeypatch.setattr(library, "load", fail)
-    monkeypatch.setattr(library, "unavailable", lambda: "no library")
+    monkeypatch.setattr(library, "unavailable", lambda arch=None: "no library")
     kernel = CudaKernel()
     assert kernel.unavailable() == "no library"
     kernel.prepare()

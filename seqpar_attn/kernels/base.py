@@ -72,8 +72,11 @@ class Kernel(Protocol):
     name: str
     nondeterministic: str | None
     """Why gradients may differ in their last bits from run to run although asked not to, or None."""
-    recordable: bool
-    """Whether all that ``forward, backward, merge, accumulate`` do are launches that a tape can be told of."""
+
+    @property
+    def recordable(self) -> bool:
+        """Whether all that ``forward, backward, merge, accumulate`` do are launches that a tape can be told of."""
+        ...
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all (a missing package, no GPU), or None."""
@@ -167,6 +170,23 @@ class Kernel(Protocol):
         Both are slices along the sequence of contiguous ``[..., b, s, h, d]``.
         """
         ...
+
+
+class PlainKernel:
+    """What holds for a backend that has nothing of its own to say: accumulators hold what their names say, nothing is
+    recorded, and there is nothing to prepare."""
+
+    nondeterministic: str | None = None
+
+    @property
+    def recordable(self) -> bool:
+        return False
+
+    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
+        grad.copy_(dq)
+
+    def prepare(self) -> None:
+        pass
 
 
 def delta_reference(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from ..mask import MaskKind
-from .base import BlockMask, accumulate_reference, delta_reference, join_parts, merge_reference, split_parts
+from .base import (
+    BlockMask,
+    PlainKernel,
+    accumulate_reference,
+    delta_reference,
+    join_parts,
+    merge_reference,
+    split_parts,
+)
 
 # Stands for lse = -inf in backward: exp(score - _NO_KEY) is exactly 0, while exp(score + inf) would be inf or NaN.
 # Finite, so that a kernel may multiply it by log2(e) or subtract it from -inf without making a NaN.
@@ -48,7 +56,7 @@ def _accumulate(target: torch.Tensor, part: torch.Tensor, rows: slice, carried: 
     target[:, rows.stop :].zero_()
 
 
-class PartialKernel:
+class PartialKernel(PlainKernel):
     """See :class:`seqpar_attn.kernels.base.Kernel`.
 
     Serves FULL, and CAUSAL with seqlen_q == seqlen_k and offset 0 or -1; anything else is a ValueError at the call.
@@ -60,8 +68,6 @@ class PartialKernel:
     supports_softcap = False
     native_gqa = False
     """Whether the kernel reads grouped heads itself; otherwise keys and values are repeated in memory first."""
-    nondeterministic: str | None = None
-    recordable = False
     """Why a backward with ``deterministic=True`` is impossible, or None. The registry asks for it if it is there."""
 
     def _attend(
@@ -239,12 +245,6 @@ class PartialKernel:
                     _accumulate(part, part_of_block, slice(0, part.shape[1]), carry_dkv)
             else:
                 _accumulate(target, block, keys, carry_dkv)
-
-    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
-        grad.copy_(dq)
-
-    def prepare(self) -> None:
-        pass
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta_reference(out, dout)

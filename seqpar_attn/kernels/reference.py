@@ -10,6 +10,7 @@ import torch
 from ..mask import MaskKind
 from .base import (
     BlockMask,
+    PlainKernel,
     accumulate_reference,
     accumulator_dtype,
     delta_reference,
@@ -50,13 +51,11 @@ def _scores(
     return (s if seen is None else s.masked_fill(~seen, float("-inf"))), slope
 
 
-class ReferenceKernel:
+class ReferenceKernel(PlainKernel):
     """See :class:`seqpar_attn.kernels.base.Kernel`. GEMM operands are rounded to the input dtype as the fast kernels
     round them (P and dS), so a same-dtype comparison is fair."""
 
     name = "reference"
-    nondeterministic: str | None = None
-    recordable = False
 
     def unavailable(self) -> str | None:
         return None
@@ -142,12 +141,6 @@ class ReferenceKernel:
                 target.add_(block)
             else:
                 target.copy_(block)
-
-    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
-        grad.copy_(dq)
-
-    def prepare(self) -> None:
-        pass
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         return delta_reference(out, dout)

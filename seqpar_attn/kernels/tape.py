@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -84,10 +83,3 @@ _local = _Local()
 def recording() -> Tape | None:
     """The tape that wants to know of this thread's launches, if any."""
     return _local.tape
-
-
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; make that the tensor's without paying for it when it already is."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, accumulator_dtype, forward_without_keys
-from ..tape import on_device_of
+from ..base import BlockMask, PlainKernel, accumulator_dtype, forward_without_keys
+from ..device import architecture, on_device_of
 from . import building, library
 from .launch import Plan, launch, make_plan, strides
 from .library import load
@@ -19,12 +18,6 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 _MASKS = {MaskKind.FULL: 0, MaskKind.CAUSAL: 1, MaskKind.INTERVAL: 2}
 _ARCHITECTURES = {90: "90a"}
 """Compute capabilities with kernels, and the name under which they are built."""
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _problem(
@@ -43,17 +36,19 @@ def _rows(x: torch.Tensor) -> RowStrides:
     return RowStrides(x.stride(0), x.stride(1))
 
 
-class CudaKernel:
+class CudaKernel(PlainKernel):
     """See :class:`seqpar_attn.kernels.base.Kernel`."""
 
     name = "cuda"
-    nondeterministic: str | None = None
-    recordable = True
 
     def __init__(self, variant: int = 0) -> None:
         """``variant``: 0 lets the library choose between its tile shapes, other numbers are for measurements."""
         self._variant = variant
         self._failed: str | None = None
+
+    @property
+    def recordable(self) -> bool:
+        return True
 
     def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
@@ -62,10 +57,10 @@ class CudaKernel:
 
     def prepare(self) -> None:
         """Compile the library where there is none and nvcc is."""
-        if not torch.cuda.is_available() or library.unavailable() is None:
+        if not torch.cuda.is_available():
             return
-        arch = _ARCHITECTURES.get(_architecture(torch.device("cuda", torch.cuda.current_device())))
-        if arch is None:
+        arch = _ARCHITECTURES.get(architecture(torch.device("cuda", torch.cuda.current_device())))
+        if arch is None or library.unavailable(arch=arch) is None:
             return
         try:
             library.load(build=True, arch=arch)
@@ -81,14 +76,14 @@ class CudaKernel:
             return f"expected a head dimension that is a multiple of 8 and at most 128, got {headdim}"
         if device.type != "cuda":
             return f"expected CUDA tensors, got {device}"
-        architecture = _architecture(
+        found = architecture(
             torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         )
-        if architecture not in _ARCHITECTURES:
-            return f"expected compute capability 9.0, got {architecture / 10}"
+        if found not in _ARCHITECTURES:
+            return f"expected compute capability 9.0, got {found / 10}"
         built = library.architectures()
-        if _ARCHITECTURES[architecture] not in built:
-            return f"expected a library built for {_ARCHITECTURES[architecture]}, got one for {', '.join(built)}"
+        if _ARCHITECTURES[found] not in built:
+            return f"expected a library built for {_ARCHITECTURES[found]}, got one for {', '.join(built)}"
         return None
 
     def forward(

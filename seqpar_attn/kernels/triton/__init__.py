@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, accumulator_dtype, forward_without_keys
-from ..tape import on_device_of
+from ..base import BlockMask, PlainKernel, accumulator_dtype, forward_without_keys
+from ..device import architecture, on_device_of
 from .config import Chooser, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,15 +23,6 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _arch(device: torch.device) -> int:
-    """Compute capability as one number (90 for an H100); 0 under the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @functools.cache
@@ -49,11 +40,10 @@ def _launchers() -> Any:
     )
 
 
-class TritonKernel:
+class TritonKernel(PlainKernel):
     """See :class:`seqpar_attn.kernels.base.Kernel`. Always deterministic: nothing is added with atomics."""
 
     name = "triton"
-    nondeterministic: str | None = None
 
     @property
     def recordable(self) -> bool:
@@ -79,7 +69,7 @@ class TritonKernel:
         if device.type == "cuda":
             if interpreted():
                 return "TRITON_INTERPRET=1 is set, but the tensors are on a GPU"
-            arch = _arch(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+            arch = architecture(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
             return None if arch >= 80 else f"expected compute capability 8.0 or later, got {arch / 10}"
         if device.type != "cpu" or not interpreted():
             return f"expected CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got {device}"
@@ -108,7 +98,7 @@ class TritonKernel:
         if k.numel() == 0:
             forward_without_keys(lse, out_acc, out, carry)
             return
-        tile = self._choose("forward", _arch(q.device), q.element_size(), q.shape[3], mask.kind)
+        tile = self._choose("forward", architecture(q.device), q.element_size(), q.shape[3], mask.kind)
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_forward(tile, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
@@ -141,18 +131,12 @@ class TritonKernel:
                 dv.zero_()
             return
         launchers = _launchers()
-        where = (_arch(q.device), q.element_size(), q.shape[3], mask.kind)
+        where = (architecture(q.device), q.element_size(), q.shape[3], mask.kind)
         with on_device_of(q):
             tile = self._choose("dkdv", *where)
             launchers.launch_dkdv(tile, q, k, v, dout, lse, delta, dk, dv, mask, softmax_scale, softcap, carry_dkv)
             tile = self._choose("dq", *where)
             launchers.launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
-
-    def finish_dq(self, dq: torch.Tensor, grad: torch.Tensor, softmax_scale: float) -> None:
-        grad.copy_(dq)
-
-    def prepare(self) -> None:
-        pass
 
     def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
         batch, seqlen, nheads, _ = out.shape
