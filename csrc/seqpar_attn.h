@@ -47,7 +47,7 @@ typedef struct {
   const int32_t* query_hi;  // [seqlen_k]
   float softmax_scale;      // > 0
   float softcap;            // 0: none
-  int32_t sm_margin;        // streaming multiprocessors left to others
+  int32_t sm_margin;        // forward: streaming multiprocessors left to others
   int32_t variant;          // 0: the library chooses; for measurements
 } SeqparProblem;
 
@@ -86,14 +86,13 @@ typedef struct {
   int32_t* counter;  // as above; if deterministic, zeroed ints as many as seqpar_attn_backward_counters says
 } SeqparBackward;
 
-// delta = rowsum(dout * out), and dq zeroed in the same sweep if it is not null.
+// delta = rowsum(dout * out).
 typedef struct {
   int32_t batch, seqlen, nheads, headdim, dtype;
   const void* out;
   const void* dout;
   float* delta;
-  float* dq;
-  SeqparStrides out_strides, dout_strides, dq_strides;
+  SeqparStrides out_strides, dout_strides;
   SeqparRowStrides delta_strides;
 } SeqparDelta;
 

@@ -1,7 +1,7 @@
 // Chooses the backward kernel.
-#include "../common/errors.h"
 #include "backward_instances.h"
 #include "launch.h"
+#include "problem.h"
 
 namespace seqpar::sm90 {
 namespace {
@@ -30,12 +30,8 @@ int64_t backward_counters(const SeqparBackward& a) {
 
 int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
-  if (x.batch < 1 || x.seqlen_q < 1 || x.seqlen_k < 1 || x.parts < 1 || x.nheads_kv < 1 || x.nheads % x.nheads_kv ||
-      x.headdim % 8 || x.headdim < 8 || !(x.softmax_scale > 0.f) || x.softcap < 0.f) {
-    return kBadArgument;
-  }
+  if (!valid(x)) return kBadArgument;
   if ((a.round_dkv && a.carry_dkv) || (a.deterministic && !a.counter)) return kBadArgument;
-  if (x.parts > 1 && x.mask != SEQPAR_FULL) return kBadArgument;
   if (x.mask == SEQPAR_INTERVAL && (!x.query_lo || !x.query_hi)) return kBadArgument;
   if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);
   if (x.dtype == SEQPAR_FP16) return by_headdim<Fp16>(a, stream);

@@ -157,8 +157,7 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
   });
 }
 
-// lse, or delta, of each tile, times `factor` plus `shift`. Rows outside the sequence get
-// `outside`.
+// lse, or delta, of each tile, times `factor` plus `shift`. Rows outside the sequence get `outside`.
 template <class C, int STAGES>
 DEVICE void load_rows(const float* from, int64_t head_stride, float factor, float shift, float outside,
                       const BackwardParams& p, const BackwardTile& t, uint32_t target, uint32_t full, uint32_t empty) {

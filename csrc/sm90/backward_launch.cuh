@@ -3,31 +3,25 @@
 #include <math.h>
 
 #include "../common/launch.h"
-#include "../common/tensor_map.h"
 #include "../small/launch.h"
 #include "backward_instances.h"
 #include "backward_kernel.cuh"
+#include "problem.h"
 
 namespace seqpar::sm90 {
 
 template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
-  const Element element = x.dtype == SEQPAR_BF16 ? Element::kBf16 : Element::kFp16;
-  const auto queries = [&](const void* pointer, Element element, const SeqparStrides& strides) {
-    return Tiled{pointer, element, 1, x.batch, x.seqlen_q, x.nheads, x.headdim, strides};
-  };
-  const auto keys = [&](const void* pointer, Element element, const SeqparStrides& strides) {
-    return Tiled{pointer, element, x.parts, x.batch, x.seqlen_k, x.nheads_kv, x.headdim, strides};
-  };
+  const Element element = element_of(x);
   const Element gradient = a.round_dkv ? element : Element::kFp32;
   BackwardMaps maps;
-  int32_t error = make_tensor_map(&maps.q, queries(a.q, element, a.q_strides), C::QUERIES);
-  if (!error) error = make_tensor_map(&maps.k, keys(a.k, element, a.k_strides), C::KEYS);
-  if (!error) error = make_tensor_map(&maps.v, keys(a.v, element, a.v_strides), C::KEYS);
-  if (!error) error = make_tensor_map(&maps.dout, queries(a.dout, element, a.dout_strides), C::QUERIES);
-  if (!error) error = make_tensor_map(&maps.dq, queries(a.dq, Element::kFp32, a.dq_strides), 16);
-  if (!error) error = make_tensor_map(&maps.dk, keys(a.dk, gradient, a.dk_strides), 64);
-  if (!error) error = make_tensor_map(&maps.dv, keys(a.dv, gradient, a.dv_strides), 64);
+  int32_t error = make_tensor_map(&maps.q, query_tensor(x, a.q, element, a.q_strides), C::QUERIES);
+  if (!error) error = make_tensor_map(&maps.k, key_tensor(x, a.k, element, a.k_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.v, key_tensor(x, a.v, element, a.v_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.dout, query_tensor(x, a.dout, element, a.dout_strides), C::QUERIES);
+  if (!error) error = make_tensor_map(&maps.dq, query_tensor(x, a.dq, Element::kFp32, a.dq_strides), 16);
+  if (!error) error = make_tensor_map(&maps.dk, key_tensor(x, a.dk, gradient, a.dk_strides), 64);
+  if (!error) error = make_tensor_map(&maps.dv, key_tensor(x, a.dv, gradient, a.dv_strides), 64);
   if (error) return error;
 
   BackwardParams p = {};

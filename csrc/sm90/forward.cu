@@ -1,10 +1,10 @@
 // Chooses the forward kernel.
 #include <algorithm>
 
-#include "../common/errors.h"
 #include "../common/launch.h"
 #include "forward_instances.h"
 #include "launch.h"
+#include "problem.h"
 
 namespace seqpar::sm90 {
 namespace {
@@ -44,11 +44,7 @@ template <class T> int32_t by_headdim(const SeqparForward& a, cudaStream_t strea
 
 int32_t forward(const SeqparForward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
-  if (x.batch < 1 || x.seqlen_q < 1 || x.seqlen_k < 1 || x.parts < 1 || x.nheads_kv < 1 || x.nheads % x.nheads_kv ||
-      x.headdim % 8 || x.headdim < 8 || !(x.softmax_scale > 0.f) || x.softcap < 0.f || !a.counter) {
-    return kBadArgument;
-  }
-  if (x.parts > 1 && x.mask != SEQPAR_FULL) return kBadArgument;
+  if (!valid(x) || !a.counter) return kBadArgument;
   if (x.mask == SEQPAR_INTERVAL && (!x.key_lo || !x.key_hi)) return kBadArgument;
   if (((a.carry || a.keep) && !a.out_acc) || (!a.keep && !a.out)) return kBadArgument;
   if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);

@@ -21,10 +21,7 @@ struct ForwardConfig {
   static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
   static constexpr int QUERY_BYTES = 64 * D * 2, KEY_BYTES = KEYS * D * 2;
   static constexpr int LIMIT = 232448, FIXED = WARPGROUPS * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 512;
-  // The fp32 accumulator goes through shared memory where that has room, else from and to registers.
-  static constexpr bool STAGED = FIXED + WARPGROUPS * 64 * D * 4 <= LIMIT;
-  static constexpr int STAGE_BYTES =
-      STAGED ? 64 * D * 4 : 0;  // without: the output is staged in the query tile's memory
+  static constexpr int STAGE_BYTES = 64 * D * 4;  // the fp32 accumulator on its way in, and results on theirs out
   static constexpr int SHARED = FIXED + WARPGROUPS * STAGE_BYTES;
   static_assert(SHARED <= LIMIT, "shared memory");
   static constexpr int THREADS = WARPGROUPS * 128 + 128;
@@ -69,7 +66,7 @@ template <class C> DEVICE ForwardTile decode(const ForwardParams& p, int number)
 // Offsets in shared memory, and of the barriers in its last 512 bytes.
 template <class C> struct ForwardShared {
   static constexpr int Q = 0, K = C::WARPGROUPS * C::QUERY_BYTES, V = K + C::STAGES * C::KEY_BYTES;
-  static constexpr int STAGE = C::STAGED ? V + C::STAGES * C::KEY_BYTES : Q;
+  static constexpr int STAGE = V + C::STAGES * C::KEY_BYTES;
   static constexpr int BARRIERS = C::SHARED - 512;
   // Full: the copy engine has written it. Empty: nobody reads it any more. One of each per warpgroup or stage.
   static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
@@ -123,7 +120,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
         }
       }
       load_keys(&maps.v, S::V, S::V_FULL, S::V_EMPTY, key_tile * C::KEYS, part);
-      if (C::STAGED && p.carry && i == min(C::STAGES, count) - 1) {  // the queries' and first keys' loads go first
+      if (p.carry && i == min(C::STAGES, count) - 1) {  // the queries' and first keys' loads go first
         for (int w = 0; w < C::WARPGROUPS; w++) {
           const uint32_t full = base + S::CARRY_FULL + 8 * w;
           barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
@@ -184,9 +181,7 @@ template <class C> struct ForwardConsumer {
     v_tile = tile_descriptor(base + S::V, KEYS * 128);
   }
 
-  DEVICE uint32_t stage_memory() const {
-    return base + S::STAGE + warpgroup * (C::STAGED ? C::STAGE_BYTES : C::QUERY_BYTES);
-  }
+  DEVICE uint32_t stage_memory() const { return base + S::STAGE + warpgroup * C::STAGE_BYTES; }
   DEVICE void release(int barrier) const {
     if (lane == 0) barrier_arrive(base + barrier);
   }
@@ -400,7 +395,7 @@ template <class C> struct ForwardConsumer {
     release(S::K_EMPTY + 8 * stage);
     softmax(Yes{}, j * KEYS);
     pack_probabilities();
-    if (C::STAGED && p.carry && turn > 0 && leader) {  // the next carried tile may come when the last one is stored
+    if (p.carry && turn > 0 && leader) {  // the next carried tile may come when the last one is stored
       bulk_wait_read();
       barrier_arrive(base + S::CARRY_EMPTY + 8 * warpgroup);
     }
@@ -462,28 +457,11 @@ template <class C> struct ForwardConsumer {
     return reinterpret_cast<float2*>(shared + (stage_memory() - base) + (i / 4) * 8192 +
                                      swizzled(r, 2 * (i % 4) + ((lane & 3) >> 1)) + (lane & 1) * 8);
   }
-  // The same place in global memory, from the start of row `row`.
-  DEVICE int64_t in_accumulator(const ForwardTile& t, int row) const {
-    return t.batch * p.acc_batch + row * p.acc_seq + t.head * p.acc_head + 2 * (lane & 3);
-  }
-
-  DEVICE void add_carry(const ForwardTile& t, int turn, float w0, float w1) {
-    if constexpr (C::STAGED) {
-      barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);
-    }
-    const int row = t.row + 64 * warpgroup + r0;
-    const float* acc = p.acc_in + in_accumulator(t, row);
+  DEVICE void add_carry(int turn, float w0, float w1) {
+    barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
-      float2 u = make_float2(0.f, 0.f), v = u;
-      if constexpr (C::STAGED) {
-        u = *staged(i, r0);
-        v = *staged(i, r0 + 8);
-      } else {
-        const bool exists = 8 * i < p.headdim;
-        if (exists && row < p.seqlen_q) u = *reinterpret_cast<const float2*>(acc + 8 * i);
-        if (exists && row + 8 < p.seqlen_q) v = *reinterpret_cast<const float2*>(acc + 8 * p.acc_seq + 8 * i);
-      }
+      const float2 u = *staged(i, r0), v = *staged(i, r0 + 8);
       out[4 * i] += u.x * w0;
       out[4 * i + 1] += u.y * w0;
       out[4 * i + 2] += v.x * w1;
@@ -495,33 +473,21 @@ template <class C> struct ForwardConsumer {
   DEVICE void store(const ForwardTile& t) {
     const int row = t.row + 64 * warpgroup;
     if (p.keep) {
-      if constexpr (C::STAGED) {
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-          *staged(i, r0) = make_float2(out[4 * i], out[4 * i + 1]);
-          *staged(i, r0 + 8) = make_float2(out[4 * i + 2], out[4 * i + 3]);
-        }
-        shared_to_async();
-        sync();
-        if (leader) {
-          for (int block = 0; block < 2 * C::BLOCKS; block++) {
-            store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, t.head, t.batch, 0});
-          }
-          bulk_commit();
-          if (p.finish) bulk_wait_read();
-        }
-        if (p.finish) sync();
-      } else {
-        float* acc = p.acc_out + in_accumulator(t, row + r0);
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-          if (8 * i >= p.headdim) break;
-          if (row + r0 < p.seqlen_q) *reinterpret_cast<float2*>(acc + 8 * i) = make_float2(out[4 * i], out[4 * i + 1]);
-          if (row + r0 + 8 < p.seqlen_q) {
-            *reinterpret_cast<float2*>(acc + 8 * p.acc_seq + 8 * i) = make_float2(out[4 * i + 2], out[4 * i + 3]);
-          }
-        }
+      for (int i = 0; i < D / 8; i++) {
+        *staged(i, r0) = make_float2(out[4 * i], out[4 * i + 1]);
+        *staged(i, r0 + 8) = make_float2(out[4 * i + 2], out[4 * i + 3]);
       }
+      shared_to_async();
+      sync();
+      if (leader) {
+        for (int block = 0; block < 2 * C::BLOCKS; block++) {
+          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, t.head, t.batch, 0});
+        }
+        bulk_commit();
+        if (p.finish) bulk_wait_read();
+      }
+      if (p.finish) sync();
     }
     if (p.finish) {
       const int r = warp * 16 + (lane & 15);
@@ -553,8 +519,8 @@ template <class C> struct ForwardConsumer {
       // Again from the number, so that nothing of it lives in the loop.
       const ForwardTile t = decode<C>(p, __shfl_sync(~0u, tile_number[warpgroup], 0));
       sync();
-      // The queries have been read. Where the output is staged in their memory, that is free only after the store.
-      if (C::STAGED && leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      // The queries have been read.
+      if (leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
       float w0, w1;
       finish_rows(t, w0, w1);
       wgmma_wait<0>();
@@ -564,15 +530,11 @@ template <class C> struct ForwardConsumer {
       advance();
       for (; skipped > 0; skipped--) skip();
       rescale();
-      if (p.carry) add_carry(t, turn, w0, w1);
+      if (p.carry) add_carry(turn, w0, w1);
       // The store before must have left the staging memory, and all warps be done with what was in it.
-      if (C::STAGED && !p.carry && leader) bulk_wait_read();
+      if (!p.carry && leader) bulk_wait_read();
       sync();
       store(t);
-      if (!C::STAGED && leader) {
-        bulk_wait_read();
-        barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
-      }
     }
     if (leader) bulk_wait();
   }

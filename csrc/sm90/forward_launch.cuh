@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "../common/launch.h"
-#include "../common/tensor_map.h"
 #include "forward_instances.h"
 #include "forward_kernel.cuh"
+#include "problem.h"
 
 namespace seqpar::sm90 {
 
@@ -21,20 +21,14 @@ inline int heads_at_once(const SeqparProblem& x) {
 
 template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
-  const Element element = x.dtype == SEQPAR_BF16 ? Element::kBf16 : Element::kFp16;
-  const auto queries = [&](const void* pointer, Element element, const SeqparStrides& strides) {
-    return Tiled{pointer, element, 1, x.batch, x.seqlen_q, x.nheads, x.headdim, strides};
-  };
-  const auto keys = [&](const void* pointer, const SeqparStrides& strides) {
-    return Tiled{pointer, element, x.parts, x.batch, x.seqlen_k, x.nheads_kv, x.headdim, strides};
-  };
+  const Element element = element_of(x);
   ForwardMaps maps = {};
-  int32_t error = make_tensor_map(&maps.q, queries(a.q, element, a.q_strides), 64);
-  if (!error) error = make_tensor_map(&maps.k, keys(a.k, a.k_strides), C::KEYS);
-  if (!error) error = make_tensor_map(&maps.v, keys(a.v, a.v_strides), C::KEYS);
-  if (!error && a.out) error = make_tensor_map(&maps.out, queries(a.out, element, a.out_strides), 64);
-  if (!error && C::STAGED && (a.carry || a.keep)) {
-    error = make_tensor_map(&maps.acc, queries(a.out_acc, Element::kFp32, a.acc_strides), 64);
+  int32_t error = make_tensor_map(&maps.q, query_tensor(x, a.q, element, a.q_strides), 64);
+  if (!error) error = make_tensor_map(&maps.k, key_tensor(x, a.k, element, a.k_strides), C::KEYS);
+  if (!error) error = make_tensor_map(&maps.v, key_tensor(x, a.v, element, a.v_strides), C::KEYS);
+  if (!error && a.out) error = make_tensor_map(&maps.out, query_tensor(x, a.out, element, a.out_strides), 64);
+  if (!error && (a.carry || a.keep)) {
+    error = make_tensor_map(&maps.acc, query_tensor(x, a.out_acc, Element::kFp32, a.acc_strides), 64);
   }
   if (error) return error;
 
@@ -42,11 +36,6 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
   p.lse = a.lse;
   p.lse_batch = a.lse_strides.batch;
   p.lse_head = a.lse_strides.head;
-  p.acc_in = a.out_acc;
-  p.acc_out = a.out_acc;
-  p.acc_batch = a.acc_strides.batch;
-  p.acc_seq = a.acc_strides.seq;
-  p.acc_head = a.acc_strides.head;
   p.key_lo = x.key_lo;
   p.key_hi = x.key_hi;
   p.counter = a.counter;
@@ -55,7 +44,6 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
   p.parts = x.parts;
   p.nheads = x.nheads;
   p.group = x.nheads / x.nheads_kv;
-  p.headdim = x.headdim;
   p.causal = x.mask == SEQPAR_CAUSAL;
   p.offset = x.offset;
   p.row_tiles = (x.seqlen_q + C::ROWS - 1) / C::ROWS;

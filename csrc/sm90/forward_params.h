@@ -7,13 +7,10 @@ namespace seqpar::sm90 {
 struct ForwardParams {
   float* lse;                   // [batch, nheads, seqlen_q], natural logarithm
   int64_t lse_batch, lse_head;  // strides in elements
-  const float* acc_in;          // fp32 result so far where it does not go through the copy engine, with its strides
-  float* acc_out;
-  int64_t acc_batch, acc_seq, acc_head;
-  const int32_t* key_lo;  // [seqlen_q], INTERVAL
+  const int32_t* key_lo;        // [seqlen_q], INTERVAL
   const int32_t* key_hi;
-  int* counter;                                           // two zeroed ints, returned zeroed
-  int seqlen_q, seqlen_k, parts, nheads, group, headdim;  // group: query heads per key head
+  int* counter;                                  // two zeroed ints, returned zeroed
+  int seqlen_q, seqlen_k, parts, nheads, group;  // group: query heads per key head
   int causal, offset;
   int row_tiles, tiles;     // query tiles per head, tiles in all
   int heads_at_once;        // heads whose tiles take turns

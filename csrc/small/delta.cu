@@ -1,4 +1,4 @@
-// delta = rowsum(dout * out), what the softmax's gradient needs of the output; dq is zeroed in the same sweep.
+// delta = rowsum(dout * out), what the softmax's gradient needs of the output.
 #include "common.cuh"
 
 namespace seqpar {
@@ -16,7 +16,6 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock) delta_kernel(const __gr
     const Eight x = load16<T>(out + d), y = load16<T>(dout + d);
 #pragma unroll
     for (int i = 0; i < 8; i++) sum = fmaf(x.x[i], y.x[i], sum);
-    if (a.dq) store_fp32(a.dq + at(a.dq_strides, r) + d, Eight{});
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance; distance /= 2) {

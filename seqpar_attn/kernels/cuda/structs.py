@@ -52,8 +52,8 @@ class Backward(ctypes.Structure):
 class Delta(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         *[(n, c_int32) for n in ("batch", "seqlen", "nheads", "headdim", "dtype")],
-        *[(n, c_void_p) for n in ("out", "dout", "delta", "dq")],
-        *[(f"{n}_strides", Strides) for n in ("out", "dout", "dq")],
+        *[(n, c_void_p) for n in ("out", "dout", "delta")],
+        *[(f"{n}_strides", Strides) for n in ("out", "dout")],
         ("delta_strides", RowStrides),
     ]
 
