@@ -6,10 +6,7 @@
 // dQ = dS K, which the copy engine adds to an fp32 accumulator. The scores of the next tile are multiplied as soon as
 // dS of this one is formed, so that the tensor cores have work while exponentials are taken.
 #pragma once
-#include "../common/barrier.cuh"
-#include "../common/tma.cuh"
-#include "../common/wgmma.cuh"
-#include "backward_params.h"
+#include "backward_tile.cuh"
 
 namespace seqpar::sm90 {
 
@@ -50,86 +47,6 @@ template <class C> struct BackwardShared {
   static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
 };
 
-struct BackwardMaps {
-  CUtensorMap q, k, v, dout, dq, dk, dv;
-};
-
-// A key tile of one part, and the query tiles [first, end) that see it.
-struct BackwardTile {
-  int batch, key_head, part, key, first, end;
-};
-
-// Query tiles that see the key tile at `key`.
-template <class C> DEVICE int first_query_tile(const BackwardParams& p, int key) {
-  if constexpr (C::INTERVAL) return p.query_lo[key] / C::QUERIES;
-  return p.causal ? max(0, key - p.offset) / C::QUERIES : 0;
-}
-template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
-  if constexpr (!C::INTERVAL) return p.query_tiles;
-  return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
-}
-
-// Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
-// differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
-template <class C> DEVICE int key_tile(const BackwardParams& p) {
-  return C::INTERVAL || p.causal ? blockIdx.z : blockIdx.x;
-}
-template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
-  BackwardTile t;
-  const bool by_tile = C::INTERVAL || p.causal;
-  const int tile = key_tile<C>(p);
-  t.key_head = by_tile ? blockIdx.x : blockIdx.y;
-  t.batch = by_tile ? blockIdx.y : blockIdx.z;
-  t.part = 0;
-  t.key = tile * C::KEYS;
-  if (p.key_tiles_per_part < p.key_tiles) {
-    t.part = tile / p.key_tiles_per_part;
-    t.key -= t.part * p.key_tiles_per_part * C::KEYS;
-  }
-  t.end = end_query_tile<C>(p, t.key);
-  t.first = min(first_query_tile<C>(p, t.key), t.end);
-  return t;
-}
-
-// A place in a ring of buffers, and the parity of the current round. Of two buffers it is one number: registers are
-// short.
-template <int STAGES> class Ring {
- public:
-  DEVICE int stage() const { return STAGES == 2 ? index & 1 : index; }
-  DEVICE int parity() const { return STAGES == 2 ? (index >> 1) & 1 : round; }
-  DEVICE void advance() {
-    index++;
-    if (STAGES != 2 && index == STAGES) {
-      index = 0;
-      round ^= 1;
-    }
-  }
-  DEVICE Ring before() const {
-    Ring r = *this;
-    if (STAGES != 2 && index == 0) {
-      r.index = STAGES - 1;
-      r.round ^= 1;
-    } else {
-      r.index--;
-    }
-    return r;
-  }
-
- private:
-  int index = 0, round = 0;
-};
-
-// The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
-// consumers leave. All walk over the same tiles.
-template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
-  const int group = p.nheads / p.nheads_kv;
-#pragma unroll 1
-  for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
-#pragma unroll 1
-    for (int tile = t.first; tile < t.end; tile++) visit(tile, head);
-  }
-}
-
 template <class C> DEVICE void load_keys(const BackwardMaps& maps, const BackwardTile& t, uint32_t base) {
   using S = BackwardShared<C>;
   barrier_expect(base + S::KV_FULL, 2 * C::KEY_BYTES);
@@ -153,27 +70,6 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
       load_box(target + ring.stage() * C::QUERY_BYTES + block * (C::QUERIES * 128), map, ready,
                {64 * block, tile * C::QUERIES, head, t.batch, 0}, kEvictLast);
     }
-    ring.advance();
-  });
-}
-
-// lse, or delta, of each tile, times `factor` plus `shift`. Rows outside the sequence get `outside`.
-template <class C, int STAGES>
-DEVICE void load_rows(const float* from, int64_t head_stride, float factor, float shift, float outside,
-                      const BackwardParams& p, const BackwardTile& t, uint32_t target, uint32_t full, uint32_t empty) {
-  const int lane = threadIdx.x & 31;
-  Ring<STAGES> ring;
-  for_each_tile(p, t, [&](int tile, int head) {
-    barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
-#pragma unroll 1
-    for (int r = lane; r < C::QUERIES; r += 32) {
-      const int row = tile * C::QUERIES + r;
-      const float x = row < p.seqlen_q ? from[head * head_stride + row] : outside;
-      const float y = x == -INFINITY ? x : fmaf(x, factor, shift);
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage() * C::QUERIES + r)), "f"(y) : "memory");
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8 * ring.stage());
     ring.advance();
   });
 }
@@ -298,8 +194,9 @@ template <class C> struct BackwardConsumer {
     const int query = tile * QUERIES;
     const int2 inner = *inner_queries();
     if (query < inner.x || query + QUERIES > inner.y) {
+      // Asked anew for every tile that has a border in it: kept, they would take registers from all tiles.
       const int key = tile_key + 64 * warpgroup + warp * 16 + (lane >> 2), column = query + 2 * (lane & 3);
-      const int2 seen0 = seeing_queries(key), seen1 = seeing_queries(key + 8);
+      const int2 seen0 = seeing_queries<C>(p, key), seen1 = seeing_queries<C>(p, key + 8);
       const int lo0 = seen0.x - column, lo1 = seen1.x - column, hi0 = seen0.y - column, hi1 = seen1.y - column;
 #pragma unroll
       for (int j = 0; j < QUERIES / 8; j++) {
@@ -371,58 +268,25 @@ template <class C> struct BackwardConsumer {
       const uint32_t memory = base + S::DQ + (4 * warpgroup + warp) * 4096;
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
-      if (p.order) wait_for_turn();
+      if (p.order) wait_for_turn<C>(p, turns(), stored_tile);
       add_box(&maps.dq, memory, {column, row, stored_head, batch, 0});
       add_box(&maps.dq, memory + 2048, {column + 32, row, stored_head, batch, 0});
       bulk_commit();
-      if (p.order) end_turn();
+      if (p.order) end_turn<C>(p, turns(), stored_tile);
     }
   }
 
-  // Deterministic: key tiles add to a query tile in their order. A counter says how many have.
+  // Deterministic: this warp's counter of turns.
   DEVICE int* turns() const {
     return p.order + ((static_cast<int64_t>(batch) * p.nheads + stored_head) * p.query_tiles + stored_tile) * 8 +
            4 * warpgroup + warp;
-  }
-  DEVICE void wait_for_turn() const {
-    int before = key_tile<C>(p);
-    if constexpr (C::INTERVAL) {  // only those that the query tile sees
-      int first = 0;
-      while (end_query_tile<C>(p, first * C::KEYS) <= stored_tile) first++;
-      before -= first;
-    }
-    int done;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns()) : "memory");
-    } while (done != before);
-  }
-  DEVICE void end_turn() const {
-    const int next = key_tile<C>(p) + 1;
-    const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > stored_tile;
-    bulk_wait();
-    // What the copy engine wrote comes before what this thread writes.
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    if (last) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns()), "r"(0) : "memory");
-    } else {
-      asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(turns()), "r"(1) : "memory");
-    }
-  }
-
-  // The queries [x, y) that see a key; y counts under INTERVAL only. Asked anew for every tile that has a border in it:
-  // kept, they would take registers from all tiles.
-  DEVICE int2 seeing_queries(int key) const {
-    constexpr int kNever = 1 << 30;
-    if (key >= p.seqlen_k) return make_int2(kNever, kNever);
-    if constexpr (C::INTERVAL) return make_int2(p.query_lo[key], p.query_hi[key]);
-    return make_int2(p.causal ? key - p.offset : -kNever, kNever);
   }
   // Those that see all keys of this warpgroup, in shared memory; each thread reads what it wrote itself.
   DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
   DEVICE void set_bounds(int tile_key_) {
     tile_key = tile_key_;
     const int first = tile_key + 64 * warpgroup, last = first + 63;
-    *inner_queries() = make_int2(seeing_queries(last).x, seeing_queries(min(first, p.seqlen_k - 1)).y);
+    *inner_queries() = make_int2(seeing_queries<C>(p, last).x, seeing_queries<C>(p, min(first, p.seqlen_k - 1)).y);
   }
 
   // The slot for dS of the tile at this place in the queries' ring.

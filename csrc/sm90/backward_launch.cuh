@@ -6,9 +6,23 @@
 #include "../small/launch.h"
 #include "backward_instances.h"
 #include "backward_kernel.cuh"
+#include "backward_wide_kernel.cuh"
 #include "problem.h"
 
 namespace seqpar::sm90 {
+
+using BackwardKernel = void (*)(BackwardMaps, BackwardParams);
+
+// Which kernel serves a configuration, and how many bytes of shared memory it needs.
+template <class C> struct BackwardServed {
+  static BackwardKernel kernel() { return backward_kernel<C>; }
+  static constexpr int SHARED = C::SHARED;
+};
+template <class T, bool INTERVAL, bool SOFTCAP> struct BackwardServed<WideConfig<T, INTERVAL, SOFTCAP>> {
+  using C = WideConfig<T, INTERVAL, SOFTCAP>;
+  static BackwardKernel kernel() { return backward_wide_kernel<C>; }
+  static constexpr int SHARED = WideShared<C>::BYTES;
+};
 
 template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
@@ -53,11 +67,12 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   if (!a.carry_dq) {
     if (cudaError_t e = zero(a.dq, a.dq_strides, x.batch, x.seqlen_q, x.nheads, x.headdim, stream)) return e;
   }
-  const auto kernel = backward_kernel<C>;
-  if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
+  const BackwardKernel kernel = BackwardServed<C>::kernel();
+  constexpr int kShared = BackwardServed<C>::SHARED;
+  if (cudaError_t e = allow_shared_memory<C>(kernel, kShared)) return e;
   const bool by_tile = C::INTERVAL || p.causal;
   const dim3 grid = by_tile ? dim3(x.nheads_kv, x.batch, p.key_tiles) : dim3(p.key_tiles, x.nheads_kv, x.batch);
-  kernel<<<grid, C::THREADS, C::SHARED, stream>>>(maps, p);
+  kernel<<<grid, C::THREADS, kShared, stream>>>(maps, p);
   return cudaGetLastError();
 }
 
