@@ -1,5 +1,5 @@
-// What both backward kernels share: who works on which tiles, lse and delta for them, which queries see a key, and whose
-// turn it is to add to dq.
+// What both backward kernels share: who works on which tiles, lse and delta for them, which queries see a key, and
+// whose turn it is to add to dq.
 #pragma once
 #include "../common/barrier.cuh"
 #include "../common/tma.cuh"

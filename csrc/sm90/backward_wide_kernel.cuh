@@ -35,7 +35,9 @@ template <class C> struct WideShared {
                        Q_EMPTY = Q_FULL + 8 * C::Q_STAGES, DOUT_FULL = Q_EMPTY + 8 * C::Q_STAGES,
                        DOUT_EMPTY = DOUT_FULL + 8 * C::HALVES, P_FULL = DOUT_EMPTY + 8 * C::HALVES,
                        P_EMPTY = P_FULL + 8, DS_FULL = P_EMPTY + 8, DS_EMPTY = DS_FULL + 8;
-  static constexpr int BYTES = DS_EMPTY + 8;
+  static constexpr int INNER = DS_EMPTY + 8;  // int2: queries that see all keys
+  static constexpr int BYTES = INNER + 8;
+  static_assert(INNER % 8 == 0, "aligned");
   static_assert(BYTES <= 232448, "shared memory");
   static_assert(P % 1024 == 0 && DS % 1024 == 0 && DQ % 1024 == 0, "swizzled tiles begin at multiples of 1024");
   // dV and dK as fp32 are staged in the memory of K and V, and of Q.
@@ -121,9 +123,7 @@ template <class C> struct WideConsumer {
     return *reinterpret_cast<const float2*>(shared + vectors + 4 * (stage * C::QUERIES + 8 * j + 2 * (lane & 3)));
   }
   // What the first warpgroup's thread hands to the second's in the same place: four times 16 bytes.
-  DEVICE uint4* message(int i) const {
-    return reinterpret_cast<uint4*>(shared + S::P) + 128 * i + (threadIdx.x & 127);
-  }
+  DEVICE uint4* message(int i) const { return reinterpret_cast<uint4*>(shared + S::P) + 128 * i + (threadIdx.x & 127); }
 
   // [64 keys][64 queries] = keys queries^T. The queries' columns are halves in two places.
   DEVICE void multiply_rows(float (&x)[32], int keys, int half0, int half1) const {
@@ -253,12 +253,13 @@ template <class C> struct ValueGroup : WideConsumer<C> {
       *this->message(v) = make_uint4(m[0], m[1], m[2], m[3]);
     }
   }
+  // All threads write the same, and each reads what it wrote itself.
+  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(this->shared + S::INNER); }
   DEVICE void form_p(int tile_key, int tile) {
     const int query = tile * C::QUERIES;
-    const int first = seeing_queries<C>(p, tile_key + C::KEYS - 1).x;
-    const int end = C::INTERVAL ? seeing_queries<C>(p, min(tile_key, p.seqlen_k - 1)).y : 1 << 30;
+    const int2 inner = *inner_queries();
     barrier_wait(base + S::P_EMPTY, q.stage() ^ 1);
-    if (query < first || query + C::QUERIES > end) {
+    if (query < inner.x || query + C::QUERIES > inner.y) {
       exponentials(Yes(), tile_key, query);
     } else {
       exponentials(No(), tile_key, query);
@@ -303,6 +304,8 @@ template <class C> struct ValueGroup : WideConsumer<C> {
     for (int i = 0; i < 64; i++) dv[0][i] = dv[1][i] = 0.f;
     const BackwardTile t = decode<C>(p);
     if (t.first < t.end) {
+      *inner_queries() =
+          make_int2(seeing_queries<C>(p, t.key + C::KEYS - 1).x, seeing_queries<C>(p, min(t.key, p.seqlen_k - 1)).y);
       barrier_wait(base + S::KV_FULL, 0);
       barrier_wait(base + S::Q_FULL, 0);
       multiply_scores();
@@ -347,8 +350,8 @@ template <class C> struct KeyGroup : WideConsumer<C> {
       for (int u = 0; u < 4; u++) {
         const int j = 2 * v + u / 2, i = u % 2;
         const float2 delta = this->of_queries(S::DELTA, q.stage(), j), x = unpack<Fp16>(m[u]);
-        packed[2 * j + i] = pack<T>(x.x * kFactor * (dp[4 * j + 2 * i] - delta.x),
-                                    x.y * kFactor * (dp[4 * j + 2 * i + 1] - delta.y));
+        packed[2 * j + i] =
+            pack<T>(x.x * kFactor * (dp[4 * j + 2 * i] - delta.x), x.y * kFactor * (dp[4 * j + 2 * i + 1] - delta.y));
       }
     }
   }
@@ -429,7 +432,7 @@ template <class C> struct KeyGroup : WideConsumer<C> {
   }
 };
 
-// The third warpgroup: dQ = dS K, half of the columns at a time.
+// The third warpgroup: dQ = dS K, a quarter of the columns at a time.
 template <class C> struct QueryGroup : WideConsumer<C> {
   using S = WideShared<C>;
   using T = typename C::T;
@@ -437,12 +440,13 @@ template <class C> struct QueryGroup : WideConsumer<C> {
   using WideConsumer<C>::base;
   using WideConsumer<C>::p;
 
-  float dq[64];
+  float dq[32];
 
-  DEVICE uint32_t memory() const { return base + S::DQ + this->warp * C::BLOCK_BYTES; }
+  // A warp has room for two quarters of its 16 rows.
+  DEVICE uint32_t memory(int quarter) const { return base + S::DQ + this->warp * C::BLOCK_BYTES + quarter % 2 * 4096; }
 
-  DEVICE void multiply(int half) {
-    const uint64_t a = this->tile(S::DS), b = this->tile(S::K + half * C::HALF_BYTES, C::BLOCK_BYTES);
+  DEVICE void multiply(int quarter) {
+    const uint64_t a = this->tile(S::DS), b = this->tile(S::K + quarter * C::BLOCK_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -454,31 +458,32 @@ template <class C> struct QueryGroup : WideConsumer<C> {
     }
     wgmma_commit();
   }
-  // A warp's 16 rows, in the order of BackwardConsumer::store_dq.
-  DEVICE void store() const {
-    if (this->lane == 0) bulk_wait_read();  // what was there before has been read
+  // In the order of BackwardConsumer::store_dq.
+  DEVICE void store(int quarter) const {
+    if (this->lane == 0) bulk_wait_read<1>();  // the last but one has left its memory
     __syncwarp();
     const int row = (this->lane & 7) + (this->lane >> 4) * 8, odd = (this->lane >> 3) & 1;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      store_matrices(memory() + (j / 4) * 2048 + swizzled(row, 2 * (j % 4) + odd), __float_as_uint(dq[4 * j]),
+    for (int j = 0; j < 8; j++) {
+      store_matrices(memory(quarter) + (j / 4) * 2048 + swizzled(row, 2 * (j % 4) + odd), __float_as_uint(dq[4 * j]),
                      __float_as_uint(dq[4 * j + 1]), __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3]));
     }
   }
-  DEVICE void add(int half, int tile, int head, int batch) const {
+  DEVICE void add(int quarter, int tile, int head, int batch) const {
     shared_to_async();
     __syncwarp();
-    if (this->lane == 0) {
-      int* turns = p.order + ((static_cast<int64_t>(batch) * p.nheads + head) * p.query_tiles + tile) * 8 + 4 * half +
-                   this->warp;
-      if (p.order) wait_for_turn<C>(p, turns, tile);
-      for (int i = 0; i < 4; i++) {
-        const BoxAt at = {128 * half + 32 * i, tile * C::QUERIES + 16 * this->warp, head, batch, 0};
-        add_box(&this->maps.dq, memory() + i * 2048, at);
-      }
-      bulk_commit();
-      if (p.order) end_turn<C>(p, turns, tile);
+    if (this->lane != 0) return;
+    int* turns = p.order;  // one for two quarters
+    if (turns) {
+      turns +=
+          ((static_cast<int64_t>(batch) * p.nheads + head) * p.query_tiles + tile) * 8 + quarter / 2 * 4 + this->warp;
+      if (quarter % 2 == 0) wait_for_turn<C>(p, turns, tile);
     }
+    const int row = tile * C::QUERIES + 16 * this->warp;
+    add_box(&this->maps.dq, memory(quarter), {64 * quarter, row, head, batch, 0});
+    add_box(&this->maps.dq, memory(quarter) + 2048, {64 * quarter + 32, row, head, batch, 0});
+    bulk_commit();
+    if (turns && quarter % 2 == 1) end_turn<C>(p, turns, tile);
   }
 
   DEVICE void run() {
@@ -490,24 +495,22 @@ template <class C> struct QueryGroup : WideConsumer<C> {
         barrier_wait(base + S::DS_FULL, parity);
         parity ^= 1;
         multiply(0);
-        wgmma_wait<0>();
-        pin(dq);
-        store();
-        pin(dq);
-        multiply(1);
-        add(0, tile, head, t.batch);
-        wgmma_wait<0>();
-        pin(dq);
-        if (this->lane == 0) barrier_arrive(base + S::DS_EMPTY);
-        store();
-        pin(dq);
-        add(1, tile, head, t.batch);
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) {
+          wgmma_wait<0>();
+          pin(dq);
+          if (quarter == 3 && this->lane == 0) barrier_arrive(base + S::DS_EMPTY);
+          store(quarter);
+          pin(dq);
+          if (quarter < 3) multiply(quarter + 1);
+          add(quarter, tile, head, t.batch);
+        }
       });
-      if (this->lane == 0) bulk_wait();
     } else if (p.carry_dkv) {
       return;
     }
     named_sync(1, 384);
+    if (this->lane == 0) bulk_wait();
   }
 };
 
@@ -537,13 +540,13 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     release_registers<24>();
     wide_producer<C>(maps, p, base, warp - 12);
   } else if (warp >= 8) {
-    release_registers<104>();
+    release_registers<72>();
     QueryGroup<C>(maps, p, shared, warp).run();
   } else if (warp >= 4) {
-    claim_registers<192>();
+    claim_registers<208>();
     KeyGroup<C>(maps, p, shared, warp).run();
   } else {
-    claim_registers<192>();
+    claim_registers<208>();
     ValueGroup<C>(maps, p, shared, warp).run();
   }
 }
