@@ -17,8 +17,9 @@ namespace seqpar::sm90 {
 template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct BackwardConfig {
   using T = T_;
   static constexpr int D = D_, QUERIES = QUERIES_, KEYS = 128;
-  // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS.
-  static constexpr int Q_STAGES = D == 128 ? 3 : 2, DOUT_STAGES = 2, DS_SLOTS = 3;
+  // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS. The
+  // queries of a tile are needed from its scores to its dK, longer than its dout.
+  static constexpr int Q_STAGES = 3, DOUT_STAGES = 2, DS_SLOTS = 2;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
   static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
@@ -54,9 +55,14 @@ struct BackwardMaps {
   CUtensorMap q, k, v, dout, dq, dk, dv;
 };
 
-// A key tile of one part, and the query tiles [first, end) that see it.
+// A key tile of one part, and the query tiles [first, end) that see it. CTAs of a wave begin together and those of the
+// next one as these end, the shortest first. So that all are always at the same queries, and find in the L2 cache what
+// another has loaded or added to, one wave walks down from the end, where all key tiles' queries end under a causal
+// mask, and the next one up; and all heads of a group see a query tile in turn, or they would come apart by a little in
+// every head.
 struct BackwardTile {
   int batch, key_head, part, key, first, end;
+  bool down;
 };
 
 // Query tiles that see the key tile at `key`.
@@ -69,17 +75,17 @@ template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
   return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
 }
 
-// Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
-// differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
-template <class C> DEVICE int key_tile(const BackwardParams& p) {
-  return C::INTERVAL || p.causal ? blockIdx.z : blockIdx.x;
+// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Where key tiles differ, the first
+// ones take longest under a causal mask, and go first.
+DEVICE int key_tile() { return blockIdx.y; }
+DEVICE int key_head(const BackwardParams& p, int batch) {
+  return (blockIdx.z - batch * p.head_groups) * gridDim.x + blockIdx.x;
 }
 template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   BackwardTile t;
-  const bool by_tile = C::INTERVAL || p.causal;
-  const int tile = key_tile<C>(p);
-  t.key_head = by_tile ? blockIdx.x : blockIdx.y;
-  t.batch = by_tile ? blockIdx.y : blockIdx.z;
+  const int tile = key_tile();
+  t.batch = p.batch == 1 ? 0 : blockIdx.z / p.head_groups;
+  t.key_head = key_head(p, t.batch);
   t.part = 0;
   t.key = tile * C::KEYS;
   if (p.key_tiles_per_part < p.key_tiles) {
@@ -88,6 +94,8 @@ template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   }
   t.end = end_query_tile<C>(p, t.key);
   t.first = min(first_query_tile<C>(p, t.key), t.end);
+  const int number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  t.down = p.wave && number / p.wave % 2 == 0;
   return t;
 }
 
@@ -122,11 +130,12 @@ template <int STAGES> class Ring {
 // The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
 // consumers leave. All walk over the same tiles.
 template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
-  const int group = p.nheads / p.nheads_kv;
+  const int step = t.down ? -1 : 1;
+  int tile = t.down ? t.end - 1 : t.first;
 #pragma unroll 1
-  for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
+  for (int left = t.end - t.first; left > 0; left--, tile += step) {
 #pragma unroll 1
-    for (int tile = t.first; tile < t.end; tile++) visit(tile, head);
+    for (int h = 0; h < p.group; h++) visit(tile, t.key_head * p.group + h);
   }
 }
 
@@ -214,8 +223,8 @@ template <class C> struct BackwardConsumer {
   int warpgroup, warp, lane, batch;
   Ring<C::Q_STAGES> q;
   Ring<C::DOUT_STAGES> dout;
-  Ring<C::DS_SLOTS> own_slot;             // of dS, where it differs from the queries' place
-  int late_tile = -1, late_head = 0;      // whose dQ is multiplied next
+  Ring<C::DS_SLOTS> slot;                 // of dS
+  int late_tile = -1, late_head = 0;      // whose dQ is multiplied next; heads are counted in their group
   int stored_tile = -1, stored_head = 0;  // whose dQ is added next
   float dk[D / 2], dv[D / 2];
   float probabilities[QUERIES / 2];  // scores, then P
@@ -372,8 +381,9 @@ template <class C> struct BackwardConsumer {
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
       if (p.order) wait_for_turn();
-      add_box(&maps.dq, memory, {column, row, stored_head, batch, 0});
-      add_box(&maps.dq, memory + 2048, {column + 32, row, stored_head, batch, 0});
+      const int head = key_head(p, batch) * p.group + stored_head;
+      add_box(&maps.dq, memory, {column, row, head, batch, 0});
+      add_box(&maps.dq, memory + 2048, {column + 32, row, head, batch, 0});
       bulk_commit();
       if (p.order) end_turn();
     }
@@ -381,11 +391,11 @@ template <class C> struct BackwardConsumer {
 
   // Deterministic: key tiles add to a query tile in their order. A counter says how many have.
   DEVICE int* turns() const {
-    return p.order + ((static_cast<int64_t>(batch) * p.nheads + stored_head) * p.query_tiles + stored_tile) * 8 +
-           4 * warpgroup + warp;
+    const int64_t head = static_cast<int64_t>(batch) * p.nheads + key_head(p, batch) * p.group + stored_head;
+    return p.order + (head * p.query_tiles + stored_tile) * 8 + 4 * warpgroup + warp;
   }
   DEVICE void wait_for_turn() const {
-    int before = key_tile<C>(p);
+    int before = key_tile();
     if constexpr (C::INTERVAL) {  // only those that the query tile sees
       int first = 0;
       while (end_query_tile<C>(p, first * C::KEYS) <= stored_tile) first++;
@@ -397,7 +407,7 @@ template <class C> struct BackwardConsumer {
     } while (done != before);
   }
   DEVICE void end_turn() const {
-    const int next = key_tile<C>(p) + 1;
+    const int next = key_tile() + 1;
     const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > stored_tile;
     bulk_wait();
     // What the copy engine wrote comes before what this thread writes.
@@ -425,14 +435,6 @@ template <class C> struct BackwardConsumer {
     *inner_queries() = make_int2(seeing_queries(last).x, seeing_queries(min(first, p.seqlen_k - 1)).y);
   }
 
-  // The slot for dS of the tile at this place in the queries' ring.
-  DEVICE Ring<C::DS_SLOTS> slot_beside(const Ring<C::Q_STAGES>& place) const {
-    if constexpr (C::Q_STAGES == C::DS_SLOTS) {
-      return place;
-    } else {
-      return own_slot;
-    }
-  }
   DEVICE void multiply_scores(int stage) {
     pin(probabilities);
     wgmma_fence();
@@ -442,7 +444,6 @@ template <class C> struct BackwardConsumer {
   // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
   DEVICE void step(int tile, int head, int next_tile, bool more) {
     auto& dq = reinterpret_cast<float (&)[32]>(dp);  // has dP's registers when that is not needed any more
-    const Ring<C::Q_STAGES> here = q;
     const int q_stage = q.stage(), dout_stage = dout.stage();
     barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity());
     q.advance();
@@ -476,7 +477,7 @@ template <class C> struct BackwardConsumer {
     }
     if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
-    const Ring<C::DS_SLOTS> slot = slot_beside(here), before = slot.before();
+    const Ring<C::DS_SLOTS> before = slot.before();
     if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
     store_ds(slot.stage());
     wgmma_fence();
@@ -498,10 +499,10 @@ template <class C> struct BackwardConsumer {
     }
     shared_to_async();                // dS, stored long enough ago that this does not wait
     if (lane == 0) bulk_wait_read();  // the dQ tile before has left its memory
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
     wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
     if (late_tile >= 0) store_dq(dq);
     stored_tile = late_tile;
     stored_head = late_head;
@@ -514,7 +515,7 @@ template <class C> struct BackwardConsumer {
     if constexpr (!C::AHEAD) pack_probabilities();
     late_tile = tile;
     late_head = head;
-    own_slot.advance();
+    slot.advance();
   }
 
   // This warpgroup's rows of an accumulator as fp32, blocks of 32 columns, at `memory`.
@@ -580,7 +581,6 @@ template <class C> struct BackwardConsumer {
     bool any;
     {
       const BackwardTile t = decode<C>(p);
-      const int group = p.nheads / p.nheads_kv;
       any = t.first < t.end;
       if (any) {
         batch = t.batch;
@@ -590,16 +590,21 @@ template <class C> struct BackwardConsumer {
         multiply_scores(0);
         wgmma_wait<0>();
         pin(probabilities);
-        exponentials(t.first, 0);
+        int tile = t.down ? t.end - 1 : t.first;
+        exponentials(tile, 0);
         pack_probabilities();
-        for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
-          for (int tile = t.first; tile < t.end; tile++) {
-            const bool more = tile + 1 < t.end || head + 1 < (t.key_head + 1) * group;
-            step(tile, head, tile + 1 < t.end ? tile + 1 : t.first, more);
+        const int move = t.down ? -1 : 1;
+        int left = (t.end - t.first) * p.group, h = 0;
+        do {
+          const int here = tile, head = h;
+          if (++h == p.group) {
+            h = 0;
+            tile += move;
           }
-        }
+          step(here, head, tile, --left > 0);
+        } while (left > 0);
         if (stored_tile >= 0) add_dq();
-        const Ring<C::DS_SLOTS> before = slot_beside(q).before();
+        const Ring<C::DS_SLOTS> before = slot.before();
         barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
         wgmma_fence();
         auto& dq = reinterpret_cast<float (&)[32]>(dp);
