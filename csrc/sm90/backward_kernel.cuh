@@ -75,8 +75,8 @@ template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
   return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
 }
 
-// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Where key tiles differ, the first
-// ones take longest under a causal mask, and go first.
+// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Where key tiles differ, the
+// first ones take longest under a causal mask, and go first.
 DEVICE int key_tile() { return blockIdx.y; }
 DEVICE int key_head(const BackwardParams& p, int batch) {
   return (blockIdx.z - batch * p.head_groups) * gridDim.x + blockIdx.x;

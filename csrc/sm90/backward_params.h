@@ -16,8 +16,8 @@ struct BackwardParams {
   const int32_t* query_hi;
   int* order;  // deterministic: [batch, nheads, query tiles, 8 warps], zeroed ints, returned zeroed
   int seqlen_q, seqlen_k, batch, nheads, group;  // group: query heads per key head
-  int head_groups;  // groups of key heads per batch, see key_head
-  int wave;         // CTAs that run side by side; 0: all walk up
+  int head_groups;                               // groups of key heads per batch, see key_head
+  int wave;                                      // CTAs that run side by side; 0: all walk up
   int causal, offset;
   int query_tiles, key_tiles;  // per head; of all parts
   int key_tiles_per_part;
