@@ -71,6 +71,14 @@ int32_t seqpar_attn_backward(const SeqparBackward* arguments, void* stream) {
   return seqpar::kNoArchitecture;
 }
 
+int64_t seqpar_attn_forward_counters(const SeqparForward* arguments) {
+#if SEQPAR_ATTN_SM90
+  return seqpar::sm90::forward_counters(*arguments);
+#else
+  return 0;
+#endif
+}
+
 int64_t seqpar_attn_backward_counters(const SeqparBackward* arguments) {
 #if SEQPAR_ATTN_SM90
   return seqpar::sm90::backward_counters(*arguments);

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct, an enumeration or the meaning of an argument does.
-#define SEQPAR_ATTN_ABI 1
+#define SEQPAR_ATTN_ABI 2
 
 #if defined(_WIN32)
 #define SEQPAR_ATTN_EXPORT __declspec(dllexport)
@@ -63,7 +63,9 @@ typedef struct {
   int32_t carry, keep;
   SeqparStrides q_strides, k_strides, v_strides, acc_strides, out_strides;
   SeqparRowStrides lse_strides;
-  int32_t* counter;  // two zeroed ints that no other launch in flight uses; zeroed again afterwards
+  // Ints that no other launch in flight uses, as many as seqpar_attn_forward_counters says: zeroed before the first
+  // launch, and left for the next launch of any forward.
+  int32_t* counter;
 } SeqparForward;
 
 // Gradients of one block, given the global lse and delta.
@@ -83,7 +85,7 @@ typedef struct {
   int32_t deterministic;  // dq is summed in a fixed order
   SeqparStrides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   SeqparRowStrides lse_strides, delta_strides;
-  int32_t* counter;  // as above; if deterministic, zeroed ints as many as seqpar_attn_backward_counters says
+  int32_t* counter;  // if deterministic, zeroed ints that no other launch in flight uses; zeroed again afterwards
 } SeqparBackward;
 
 // delta = rowsum(dout * out).
@@ -144,7 +146,8 @@ SEQPAR_ATTN_EXPORT int32_t seqpar_attn_delta(const SeqparDelta* arguments, void*
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_finish_dq(const SeqparFinishDq* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_merge(const SeqparMerge* arguments, void* stream);
 SEQPAR_ATTN_EXPORT int32_t seqpar_attn_accumulate(const SeqparAccumulate* arguments, void* stream);
-// Zeroed ints that a deterministic backward needs.
+// How many ints a launch's `counter` has.
+SEQPAR_ATTN_EXPORT int64_t seqpar_attn_forward_counters(const SeqparForward* arguments);
 SEQPAR_ATTN_EXPORT int64_t seqpar_attn_backward_counters(const SeqparBackward* arguments);
 
 #ifdef __cplusplus

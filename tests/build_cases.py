@@ -74,7 +74,8 @@ def fake_library(
         "struct_size": f"size_t seqpar_attn_struct_size(int32_t i) {{ size_t s[] = {{{sizes}}}; return s[i]; }}",
         "architectures": f'const char* seqpar_attn_architectures(void) {{ return "{architectures}"; }}',
         "error": 'const char* seqpar_attn_error(int32_t code) { return "fake"; }',
-        "counters": "int64_t seqpar_attn_backward_counters(const SeqparBackward* a) { return 0; }",
+        "counters": "int64_t seqpar_attn_forward_counters(const SeqparForward* a) { return 0; }\n"
+        "int64_t seqpar_attn_backward_counters(const SeqparBackward* a) { return 0; }",
     }
     for name in names:
         functions[name] = f"int32_t seqpar_attn_{snake(name)}(const Seqpar{name}* a, void* s) {{ return 0; }}"

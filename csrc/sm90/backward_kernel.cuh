@@ -14,8 +14,9 @@ namespace seqpar::sm90 {
 template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct BackwardConfig {
   using T = T_;
   static constexpr int D = D_, QUERIES = QUERIES_, KEYS = 128;
-  // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS.
-  static constexpr int Q_STAGES = D == 128 ? 3 : 2, DOUT_STAGES = 2, DS_SLOTS = 3;
+  // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS. The
+  // queries of a tile are needed from its scores to its dK, longer than its dout.
+  static constexpr int Q_STAGES = 3, DOUT_STAGES = 2, DS_SLOTS = 2;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
   static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
@@ -25,7 +26,7 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr int DQ_BYTES = 64 * 64 * 4;
   // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as
   // fp16 of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
-  static constexpr int SHIFT = backward_shift(D, T::is_bf16);        // P is 2^SHIFT times itself throughout
+  static constexpr int SHIFT = backward_shift(T::is_bf16);           // P is 2^SHIFT times itself throughout
   static constexpr bool AHEAD = SHIFT > 0 && !INTERVAL && !SOFTCAP;  // those need the registers
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
@@ -110,8 +111,8 @@ template <class C> struct BackwardConsumer {
   int warpgroup, warp, lane, batch;
   Ring<C::Q_STAGES> q;
   Ring<C::DOUT_STAGES> dout;
-  Ring<C::DS_SLOTS> own_slot;             // of dS, where it differs from the queries' place
-  int late_tile = -1, late_head = 0;      // whose dQ is multiplied next
+  Ring<C::DS_SLOTS> slot;                 // of dS
+  int late_tile = -1, late_head = 0;      // whose dQ is multiplied next; heads are counted in their group
   int stored_tile = -1, stored_head = 0;  // whose dQ is added next
   float dk[D / 2], dv[D / 2];
   float probabilities[QUERIES / 2];  // scores, then P
@@ -269,8 +270,9 @@ template <class C> struct BackwardConsumer {
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
       if (p.order) wait_for_turn<C>(p, turns(), stored_tile);
-      add_box(&maps.dq, memory, {column, row, stored_head, batch, 0});
-      add_box(&maps.dq, memory + 2048, {column + 32, row, stored_head, batch, 0});
+      const int head = key_head(p, batch) * p.group + stored_head;
+      add_box(&maps.dq, memory, {column, row, head, batch, 0});
+      add_box(&maps.dq, memory + 2048, {column + 32, row, head, batch, 0});
       bulk_commit();
       if (p.order) end_turn<C>(p, turns(), stored_tile);
     }
@@ -278,8 +280,8 @@ template <class C> struct BackwardConsumer {
 
   // Deterministic: this warp's counter of turns.
   DEVICE int* turns() const {
-    return p.order + ((static_cast<int64_t>(batch) * p.nheads + stored_head) * p.query_tiles + stored_tile) * 8 +
-           4 * warpgroup + warp;
+    const int64_t head = static_cast<int64_t>(batch) * p.nheads + key_head(p, batch) * p.group + stored_head;
+    return p.order + (head * p.query_tiles + stored_tile) * 8 + 4 * warpgroup + warp;
   }
   // Those that see all keys of this warpgroup, in shared memory; each thread reads what it wrote itself.
   DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
@@ -289,14 +291,6 @@ template <class C> struct BackwardConsumer {
     *inner_queries() = make_int2(seeing_queries<C>(p, last).x, seeing_queries<C>(p, min(first, p.seqlen_k - 1)).y);
   }
 
-  // The slot for dS of the tile at this place in the queries' ring.
-  DEVICE Ring<C::DS_SLOTS> slot_beside(const Ring<C::Q_STAGES>& place) const {
-    if constexpr (C::Q_STAGES == C::DS_SLOTS) {
-      return place;
-    } else {
-      return own_slot;
-    }
-  }
   DEVICE void multiply_scores(int stage) {
     pin(probabilities);
     wgmma_fence();
@@ -306,7 +300,6 @@ template <class C> struct BackwardConsumer {
   // One query tile, P of which is ready on entry, that of the next on return; and dQ of the tile before.
   DEVICE void step(int tile, int head, int next_tile, bool more) {
     auto& dq = reinterpret_cast<float (&)[32]>(dp);  // has dP's registers when that is not needed any more
-    const Ring<C::Q_STAGES> here = q;
     const int q_stage = q.stage(), dout_stage = dout.stage();
     barrier_wait(base + S::DOUT_FULL + 8 * dout_stage, dout.parity());
     q.advance();
@@ -340,7 +333,7 @@ template <class C> struct BackwardConsumer {
     }
     if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
-    const Ring<C::DS_SLOTS> slot = slot_beside(here), before = slot.before();
+    const Ring<C::DS_SLOTS> before = slot.before();
     if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
     store_ds(slot.stage());
     wgmma_fence();
@@ -362,10 +355,10 @@ template <class C> struct BackwardConsumer {
     }
     shared_to_async();                // dS, stored long enough ago that this does not wait
     if (lane == 0) bulk_wait_read();  // the dQ tile before has left its memory
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
     wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
     if (late_tile >= 0) store_dq(dq);
     stored_tile = late_tile;
     stored_head = late_head;
@@ -378,7 +371,7 @@ template <class C> struct BackwardConsumer {
     if constexpr (!C::AHEAD) pack_probabilities();
     late_tile = tile;
     late_head = head;
-    own_slot.advance();
+    slot.advance();
   }
 
   // This warpgroup's rows of an accumulator as fp32, blocks of 32 columns, at `memory`.
@@ -444,7 +437,6 @@ template <class C> struct BackwardConsumer {
     bool any;
     {
       const BackwardTile t = decode<C>(p);
-      const int group = p.nheads / p.nheads_kv;
       any = t.first < t.end;
       if (any) {
         batch = t.batch;
@@ -454,16 +446,21 @@ template <class C> struct BackwardConsumer {
         multiply_scores(0);
         wgmma_wait<0>();
         pin(probabilities);
-        exponentials(t.first, 0);
+        int tile = t.down ? t.end - 1 : t.first;
+        exponentials(tile, 0);
         pack_probabilities();
-        for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
-          for (int tile = t.first; tile < t.end; tile++) {
-            const bool more = tile + 1 < t.end || head + 1 < (t.key_head + 1) * group;
-            step(tile, head, tile + 1 < t.end ? tile + 1 : t.first, more);
+        const int move = t.down ? -1 : 1;
+        int left = (t.end - t.first) * p.group, h = 0;
+        do {
+          const int here = tile, head = h;
+          if (++h == p.group) {
+            h = 0;
+            tile += move;
           }
-        }
+          step(here, head, tile, --left > 0);
+        } while (left > 0);
         if (stored_tile >= 0) add_dq();
-        const Ring<C::DS_SLOTS> before = slot_beside(q).before();
+        const Ring<C::DS_SLOTS> before = slot.before();
         barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
         wgmma_fence();
         auto& dq = reinterpret_cast<float (&)[32]>(dp);

@@ -24,6 +24,15 @@ template <class T, bool INTERVAL, bool SOFTCAP> struct BackwardServed<WideConfig
   static constexpr int SHARED = WideShared<C>::BYTES;
 };
 
+// Key heads that take turns tile by tile. All together, the longest tiles of all of them go first and none of them is
+// last; but after more than some 32 waves, CTAs do not begin together any more, and lose each other (see BackwardTile):
+// 64K tokens with 32 heads then run at half speed.
+inline int key_heads_at_once(int nheads_kv, int key_tiles) {
+  int heads = nheads_kv;
+  while (heads > 1 && (nheads_kv % heads || heads * key_tiles > 32 * 132)) heads--;
+  return heads;
+}
+
 template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   const Element element = element_of(x);
@@ -51,7 +60,7 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   p.seqlen_k = x.seqlen_k;
   p.batch = x.batch;
   p.nheads = x.nheads;
-  p.nheads_kv = x.nheads_kv;
+  p.group = x.nheads / x.nheads_kv;
   p.causal = x.mask == SEQPAR_CAUSAL;
   p.offset = x.offset;
   p.query_tiles = (x.seqlen_q + C::QUERIES - 1) / C::QUERIES;
@@ -70,8 +79,13 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   const BackwardKernel kernel = BackwardServed<C>::kernel();
   constexpr int kShared = BackwardServed<C>::SHARED;
   if (cudaError_t e = allow_shared_memory<C>(kernel, kShared)) return e;
-  const bool by_tile = C::INTERVAL || p.causal;
-  const dim3 grid = by_tile ? dim3(x.nheads_kv, x.batch, p.key_tiles) : dim3(p.key_tiles, x.nheads_kv, x.batch);
+  const int together = x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles);
+  p.head_groups = x.nheads_kv / together;
+  if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first
+    p.wave = multiprocessors(x.sm_margin);
+    if (!p.wave) return cudaErrorInvalidDevice;
+  }
+  const dim3 grid(together, p.key_tiles, x.batch * p.head_groups);
   kernel<<<grid, C::THREADS, kShared, stream>>>(maps, p);
   return cudaGetLastError();
 }

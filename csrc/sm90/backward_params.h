@@ -6,7 +6,7 @@ namespace seqpar::sm90 {
 
 // P, and with it dS and what is accumulated in dq, is 2 to the power of this times itself throughout (see
 // BackwardConfig::AHEAD and WideConfig::SHIFT).
-constexpr int backward_shift(int headdim, bool bf16) { return headdim > 64 && bf16 ? 14 : 0; }
+constexpr int backward_shift(bool bf16) { return bf16 ? 14 : 0; }
 
 struct BackwardParams {
   const float* lse;                                      // [batch, nheads, seqlen_q], natural logarithm
@@ -15,7 +15,9 @@ struct BackwardParams {
   const int32_t* query_lo;                               // [seqlen_k], INTERVAL
   const int32_t* query_hi;
   int* order;  // deterministic: [batch, nheads, query tiles, 8 warps], zeroed ints, returned zeroed
-  int seqlen_q, seqlen_k, batch, nheads, nheads_kv;
+  int seqlen_q, seqlen_k, batch, nheads, group;  // group: query heads per key head
+  int head_groups;                               // groups of key heads per batch, see key_head
+  int wave;                                      // CTAs that run side by side; 0: all walk up
   int causal, offset;
   int query_tiles, key_tiles;  // per head; of all parts
   int key_tiles_per_part;

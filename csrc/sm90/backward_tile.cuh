@@ -12,9 +12,14 @@ struct BackwardMaps {
   CUtensorMap q, k, v, dout, dq, dk, dv;
 };
 
-// A key tile of one part, and the query tiles [first, end) that see it.
+// A key tile of one part, and the query tiles [first, end) that see it. CTAs of a wave begin together and those of the
+// next one as these end, the shortest first. So that all are always at the same queries, and find in the L2 cache what
+// another has loaded or added to, one wave walks down from the end, where all key tiles' queries end under a causal
+// mask, and the next one up; and all heads of a group see a query tile in turn, or they would come apart by a little in
+// every head.
 struct BackwardTile {
   int batch, key_head, part, key, first, end;
+  bool down;
 };
 
 // Query tiles that see the key tile at `key`.
@@ -27,17 +32,17 @@ template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
   return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
 }
 
-// Grid: (key tiles, key heads, batch), which keeps the tiles of a head together for the L2 cache; where key tiles
-// differ, (key heads, batch, key tiles): the first ones take longest under a causal mask, and go first.
-template <class C> DEVICE int key_tile(const BackwardParams& p) {
-  return C::INTERVAL || p.causal ? blockIdx.z : blockIdx.x;
+// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Where key tiles differ, the
+// first ones take longest under a causal mask, and go first.
+DEVICE int key_tile() { return blockIdx.y; }
+DEVICE int key_head(const BackwardParams& p, int batch) {
+  return (blockIdx.z - batch * p.head_groups) * gridDim.x + blockIdx.x;
 }
 template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   BackwardTile t;
-  const bool by_tile = C::INTERVAL || p.causal;
-  const int tile = key_tile<C>(p);
-  t.key_head = by_tile ? blockIdx.x : blockIdx.y;
-  t.batch = by_tile ? blockIdx.y : blockIdx.z;
+  const int tile = key_tile();
+  t.batch = p.batch == 1 ? 0 : blockIdx.z / p.head_groups;
+  t.key_head = key_head(p, t.batch);
   t.part = 0;
   t.key = tile * C::KEYS;
   if (p.key_tiles_per_part < p.key_tiles) {
@@ -46,6 +51,8 @@ template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   }
   t.end = end_query_tile<C>(p, t.key);
   t.first = min(first_query_tile<C>(p, t.key), t.end);
+  const int number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  t.down = p.wave && number / p.wave % 2 == 0;
   return t;
 }
 
@@ -80,11 +87,12 @@ template <int STAGES> class Ring {
 // The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
 // consumers leave. All walk over the same tiles.
 template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
-  const int group = p.nheads / p.nheads_kv;
+  const int step = t.down ? -1 : 1;
+  int tile = t.down ? t.end - 1 : t.first;
 #pragma unroll 1
-  for (int head = t.key_head * group; head < (t.key_head + 1) * group; head++) {
+  for (int left = t.end - t.first; left > 0; left--, tile += step) {
 #pragma unroll 1
-    for (int tile = t.first; tile < t.end; tile++) visit(tile, head);
+    for (int h = 0; h < p.group; h++) visit(tile, t.key_head * p.group + h);
   }
 }
 
@@ -120,7 +128,7 @@ template <class C> DEVICE int2 seeing_queries(const BackwardParams& p, int key) 
 // Deterministic: key tiles add to a query tile in their order. A counter, one of a query tile's 8 in `turns`, says how
 // many have.
 template <class C> DEVICE void wait_for_turn(const BackwardParams& p, const int* turns, int query_tile) {
-  int before = key_tile<C>(p);
+  int before = key_tile();
   if constexpr (C::INTERVAL) {  // only those that the query tile sees
     int first = 0;
     while (end_query_tile<C>(p, first * C::KEYS) <= query_tile) first++;
@@ -132,7 +140,7 @@ template <class C> DEVICE void wait_for_turn(const BackwardParams& p, const int*
   } while (done != before);
 }
 template <class C> DEVICE void end_turn(const BackwardParams& p, int* turns, int query_tile) {
-  const int next = key_tile<C>(p) + 1;
+  const int next = key_tile() + 1;
   const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > query_tile;
   bulk_wait();
   // What the copy engine wrote comes before what this thread writes.

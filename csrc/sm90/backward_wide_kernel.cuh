@@ -22,7 +22,7 @@ template <class T_, bool INTERVAL_, bool SOFTCAP_> struct WideConfig {
   static constexpr int HALF_BYTES = 2 * BLOCK_BYTES, TILE_BYTES = 2 * HALF_BYTES;
   // P, dS and the sums are 2^SHIFT times themselves, as in the other kernel; between warpgroups P goes as fp16 of 2^14
   // P, which has enough digits not to add to the error of dS in 16 bits, and range down to P = 4e-9.
-  static constexpr int SHIFT = backward_shift(D, T::is_bf16), MESSAGE_SHIFT = 14;
+  static constexpr int SHIFT = backward_shift(T::is_bf16), MESSAGE_SHIFT = 14;
   static constexpr int THREADS = 512;
 };
 
@@ -116,7 +116,7 @@ template <class C> struct WideConsumer {
     if (lane == 0) barrier_arrive(base + barrier);
   }
   // The tiles that this CTA walks over.
-  DEVICE int steps(const BackwardTile& t) const { return (t.end - t.first) * (p.nheads / p.nheads_kv); }
+  DEVICE int steps(const BackwardTile& t) const { return (t.end - t.first) * p.group; }
 
   // Two numbers per column, for columns 8 j + 2 (lane % 4) + {0, 1}.
   DEVICE float2 of_queries(int vectors, int stage, int j) const {
@@ -311,11 +311,15 @@ template <class C> struct ValueGroup : WideConsumer<C> {
       multiply_scores();
       wgmma_wait<0>();
       pin(scores);
-      int tile = t.first;
+      const int move = t.down ? -1 : 1;
+      int tile = t.down ? t.end - 1 : t.first, head = 0;  // counted in its group
       form_p(t.key, tile);
 #pragma unroll 1
       for (int left = this->steps(t); left > 0; left--) {
-        tile = tile + 1 < t.end ? tile + 1 : t.first;
+        if (++head == p.group) {
+          head = 0;
+          tile += move;
+        }
         step(t.key, tile, left > 1);
       }
     } else if (p.carry_dkv) {

@@ -17,30 +17,38 @@ template <int D, class T, Rows ROWS> int32_t by_mask(const SeqparForward& a, cud
   return forward_instance<D, T, ROWS, false, false>(a, stream);
 }
 
-// Whether tiles of 128 rows take less time than those of 192, which do more per clock but fill the last wave worse.
-bool prefers_narrow(const SeqparProblem& x) {
-  if (x.variant) return x.variant == 2;
+// Which of the two shapes takes less time.
+Rows choose(const SeqparProblem& x) {
+  if (x.headdim <= 64 || x.mask == SEQPAR_INTERVAL || x.softcap != 0.f) return Rows::kWide;  // the only one
+  if (x.variant) return x.variant == 2 ? Rows::kNarrow : Rows::kWide;
   const int sms = std::max(1, multiprocessors(x.sm_margin));
-  const auto rows_in_turn = [&](int rows) {
-    const int64_t tiles = static_cast<int64_t>((x.seqlen_q + rows - 1) / rows) * x.batch * x.nheads;
-    return static_cast<double>((tiles + sms - 1) / sms * rows);
+  const auto time = [&](Rows rows) {
+    const ForwardShape shape = forward_shape(128, rows);
+    return forward_grid(x, shape, sms).waves * shape.warpgroups;
   };
   constexpr double kNarrowRate = 0.91;  // of the wide tiles' rate, measured
-  return rows_in_turn(128) < rows_in_turn(192) * kNarrowRate;
+  return time(Rows::kNarrow) < time(Rows::kWide) * kNarrowRate ? Rows::kNarrow : Rows::kWide;
 }
 
 template <class T> int32_t by_headdim(const SeqparForward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   if (x.headdim <= 64) return by_mask<64, T, Rows::kWide>(a, stream);
   if (x.headdim <= 128) {
-    const bool plain = x.mask != SEQPAR_INTERVAL && x.softcap == 0.f;
-    if (plain && prefers_narrow(x)) return forward_instance<128, T, Rows::kNarrow, false, false>(a, stream);
+    if (choose(x) == Rows::kNarrow) return forward_instance<128, T, Rows::kNarrow, false, false>(a, stream);
     return by_mask<128, T, Rows::kWide>(a, stream);
   }
   return kNoKernel;
 }
 
 }  // namespace
+
+int64_t forward_counters(const SeqparForward& a) {
+  const SeqparProblem& x = a.problem;
+  const int headdim = x.headdim <= 64 ? 64 : 128;
+  const ForwardShape shape = forward_shape(headdim, choose(x));
+  const ForwardGrid g = forward_grid(x, shape, std::max(1, multiprocessors(x.sm_margin)));
+  return counter_ints(g, shape.warpgroups, headdim);
+}
 
 int32_t forward(const SeqparForward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;

@@ -4,12 +4,9 @@
 
 #include "../common/device.cuh"
 #include "../seqpar_attn.h"
+#include "forward_grid.h"
 
 namespace seqpar::sm90 {
-
-// Measured on an H100: which tiles serve which head dimension. WIDE has 192 query rows, where a short sequence leaves
-// many of its last wave's multiprocessors idle; NARROW has 128.
-enum class Rows { kWide, kNarrow };
 
 template <int D, class T, Rows ROWS, bool INTERVAL, bool SOFTCAP>
 int32_t forward_instance(const SeqparForward& arguments, cudaStream_t stream);

@@ -32,10 +32,16 @@ struct ForwardMaps {
   CUtensorMap q, k, v, out, acc;
 };
 
-// A tile of queries and the key tiles [first, end) that they see of every part, at least one. `last` is the last
-// complete number of keys per part.
+// A tile of queries: blocks of 64 rows, one per warpgroup, counted over the rows of `packed` query heads of one key
+// head, beginning with `head`. They see the key tiles [first, end) of every part, at least one.
 struct ForwardTile {
-  int batch, head, row, first, end;
+  int batch, head, block, first, end;
+  int begin, stop;  // which of them are attended to, counted from the last one of the last part
+  int cut, piece;   // which of the tiles that are cut along keys, or -1, and which piece of it
+};
+// Of a warpgroup; past the sequence's end if there is no such block.
+struct ForwardRows {
+  int head, row;
 };
 
 // Key tiles that the query rows [row, end) see: at least one, within [first, last].
@@ -54,13 +60,34 @@ template <class C> DEVICE void key_range(const ForwardParams& p, int row, int en
 
 template <class C> DEVICE ForwardTile decode(const ForwardParams& p, int number) {
   ForwardTile t;
+  t.cut = -1;
+  t.piece = 0;
+  if (!C::INTERVAL && number >= p.cut_from) {
+    t.cut = (number - p.cut_from) / p.pieces;
+    t.piece = number - p.cut_from - t.cut * p.pieces;
+    number = p.cut_from + t.cut;
+  }
   const int turn = p.row_tiles * p.heads_at_once, rest = number % turn;
   const int index = number / turn * p.heads_at_once + rest % p.heads_at_once;  // of (batch, head)
-  t.batch = index / p.nheads;
-  t.head = index - t.batch * p.nheads;
-  t.row = (p.row_tiles - 1 - rest / p.heads_at_once) * C::ROWS;  // the longest first
-  key_range<C>(p, t.row, t.row + C::ROWS, t.first, t.end);
+  t.batch = index / p.packs;
+  t.head = (index - t.batch * p.packs) * p.packed;
+  t.block = (p.row_tiles - 1 - rest / p.heads_at_once) * C::WARPGROUPS;  // the longest first
+  key_range<C>(p, 64 * t.block, 64 * t.block + C::ROWS, t.first, t.end);
+  t.begin = 0;
+  t.stop = (t.end - t.first) * p.parts;
+  if (!C::INTERVAL && t.cut >= 0) {
+    const int count = t.stop;
+    t.begin = count * t.piece / p.pieces;
+    t.stop = count * (t.piece + 1) / p.pieces;
+  }
   return t;
+}
+
+DEVICE ForwardRows rows_of(const ForwardParams& p, const ForwardTile& t, int warpgroup) {
+  const int block = t.block + warpgroup;
+  if (p.packed == 1) return {t.head, 64 * block};
+  const int head = block / p.blocks;
+  return head < p.packed ? ForwardRows{t.head + head, 64 * (block - head * p.blocks)} : ForwardRows{t.head, p.seqlen_q};
 }
 
 // Offsets in shared memory, and of the barriers in its last 512 bytes.
@@ -95,7 +122,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
     }
     const int next = gridDim.x + atomicAdd(p.counter, 1);
     const ForwardTile t = decode<C>(p, number);
-    const int key_head = t.head / p.group, per_part = t.end - t.first, count = per_part * p.parts;
+    const int key_head = t.head / p.group, per_part = t.end - t.first;
     const auto load_keys = [&](const CUtensorMap* map, int target, int full, int empty, int row, int part) {
       barrier_wait(base + empty + 8 * stage, phase ^ 1);
       barrier_expect(base + full + 8 * stage, C::KEY_BYTES);
@@ -104,30 +131,32 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
                  {64 * block, row, key_head, t.batch, part}, kEvictLast);
       }
     };
-    int part = p.parts - 1, key_tile = t.end - 1;
-    for (int i = 0; i < count; i++) {
+    int part = p.parts - 1 - t.begin / per_part, key_tile = t.end - 1 - t.begin % per_part;
+    for (int i = t.begin; i < t.stop; i++) {
       load_keys(&maps.k, S::K, S::K_FULL, S::K_EMPTY, key_tile * C::KEYS, part);
-      if (i == 0) {
+      if (i == t.begin) {
         for (int w = 0; w < C::WARPGROUPS; w++) {
           const uint32_t full = base + S::Q_FULL + 8 * w;
+          const ForwardRows rows = rows_of(p, t, w);
           barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
           tile_number[w] = number;
           barrier_expect(full, C::QUERY_BYTES);
           for (int block = 0; block < C::BLOCKS; block++) {
             load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
-                     {64 * block, t.row + 64 * w, t.head, t.batch, 0}, kEvictFirst);
+                     {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
           }
         }
       }
       load_keys(&maps.v, S::V, S::V_FULL, S::V_EMPTY, key_tile * C::KEYS, part);
-      if (p.carry && i == min(C::STAGES, count) - 1) {  // the queries' and first keys' loads go first
+      if (p.carry && i == min(t.begin + C::STAGES, t.stop) - 1) {  // the queries' and first keys' loads go first
         for (int w = 0; w < C::WARPGROUPS; w++) {
           const uint32_t full = base + S::CARRY_FULL + 8 * w;
+          const ForwardRows rows = rows_of(p, t, w);
           barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
           barrier_expect(full, C::STAGE_BYTES);
           for (int block = 0; block < 2 * C::BLOCKS; block++) {
             load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
-                     {32 * block, t.row + 64 * w, t.head, t.batch, 0}, kEvictFirst);
+                     {32 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
           }
         }
       }
@@ -359,13 +388,13 @@ template <class C> struct ForwardConsumer {
   // All key tiles of this warpgroup's rows; on return the last product with values is in flight, with its stage
   // current. Returns how many tiles after it are for other warpgroups only.
   DEVICE int attend(const ForwardTile& t, int turn) {
-    const int row = t.row + 64 * warpgroup;
+    const auto [head, row] = rows_of(p, t, warpgroup);
     set_bounds(row + r0);
     m0 = m1 = -INFINITY;
     l0 = l1 = 0.f;
     c0 = c1 = -INFINITY;
-    if (p.carry) {  // long before it is needed
-      const float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row + r0;
+    if (p.carry && !handed_over(t)) {  // long before it is needed
+      const float* lse = p.lse + t.batch * p.lse_batch + head * p.lse_head + row + r0;
       if (row + r0 < p.seqlen_q) c0 = lse[0] * kLog2E;
       if (row + r0 + 8 < p.seqlen_q) c1 = lse[8] * kLog2E;
     }
@@ -386,7 +415,11 @@ template <class C> struct ForwardConsumer {
       }
       for (int j = t.end; j > end; j--) skip();
     }
-    int j = end - 1;
+    int j = end - 1, left = end - first;
+    if (!C::INTERVAL && !p.causal) {
+      j -= t.begin % left;
+      left = t.stop - t.begin;
+    }
     barrier_wait(base + S::K_FULL + 8 * stage, phase);
     wgmma_fence();
     multiply_keys();
@@ -399,15 +432,13 @@ template <class C> struct ForwardConsumer {
       bulk_wait_read();
       barrier_arrive(base + S::CARRY_EMPTY + 8 * warpgroup);
     }
-    j--;
-    for (int part = p.parts - 1;;) {
-      for (; j >= max(first, inner_end); j--) step(Yes{}, j * KEYS);
-      for (; j >= max(first, inner_first); j--) step(No{}, j * KEYS);
-      if constexpr (C::INTERVAL) {
-        for (; j >= first; j--) step(Yes{}, j * KEYS);
+    while (--left > 0) {
+      if (--j < first) j = end - 1;  // of the part before
+      if (j >= inner_end || (C::INTERVAL && j < inner_first)) {
+        step(Yes{}, j * KEYS);
+      } else {
+        step(No{}, j * KEYS);
       }
-      if (part-- == 0) break;
-      j = end - 1;
     }
     barrier_wait(base + S::V_FULL + 8 * stage, phase);
     pin(out);
@@ -417,6 +448,59 @@ template <class C> struct ForwardConsumer {
     return first - t.first;
   }
 
+  // Tiles cut along keys: all pieces but the last of a tile leave what they have, thread by thread, to the CTA with the
+  // last one. The pieces before have all been begun when a CTA begins the last, so that it waits for none in vain.
+  DEVICE bool handed_over(const ForwardTile& t) const { return !C::INTERVAL && t.cut >= 0 && t.piece < p.pieces - 1; }
+  DEVICE int slot(const ForwardTile& t, int piece) const { return t.cut * (p.pieces - 1) + piece; }
+  // [D / 8 + 1][128 threads]
+  DEVICE float4* partial(int slot) const {
+    return p.partial + (slot * C::WARPGROUPS + warpgroup) * ((D / 8 + 1) * 128) + (threadIdx.x & 127);
+  }
+  DEVICE int* ready(int slot) const { return p.counter + 2 + slot * C::WARPGROUPS + warpgroup; }
+  DEVICE void hand_over(int slot) {
+    float4* to = partial(slot);
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      to[i * 128] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    }
+    to[D / 8 * 128] = make_float4(m0, m1, l0, l1);
+    __threadfence();
+    sync();
+    if (leader) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready(slot)), "r"(1) : "memory");
+  }
+  DEVICE void take_over(const ForwardTile& t) {
+#pragma unroll 1
+    for (int from_slot = slot(t, 0); from_slot < slot(t, t.piece); from_slot++) {
+      if (leader) {
+        int done;
+        do {
+          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(ready(from_slot)) : "memory");
+        } while (!done);
+        *ready(from_slot) = 0;
+      }
+      sync();
+      const float4* from = partial(from_slot);
+      const float4 state = __ldcg(from + D / 8 * 128);
+      const float x0 = fmaxf(m0, state.x), x1 = fmaxf(m1, state.y);
+      const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
+      a0 = exp2_fast(m0 - z0);
+      a1 = exp2_fast(m1 - z1);
+      const float w0 = exp2_fast(state.x - z0), w1 = exp2_fast(state.y - z1);
+      m0 = x0;
+      m1 = x1;
+      l0 = l0 * a0 + state.z * w0;
+      l1 = l1 * a1 + state.w * w1;
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        const float4 x = __ldcg(from + i * 128);
+        out[4 * i] = out[4 * i] * a0 + x.x * w0;
+        out[4 * i + 1] = out[4 * i + 1] * a0 + x.y * w0;
+        out[4 * i + 2] = out[4 * i + 2] * a1 + x.z * w1;
+        out[4 * i + 3] = out[4 * i + 3] * a1 + x.w * w1;
+      }
+    }
+  }
+
   // The carried state and the final factors; `w0, w1` are the weights of the carried rows.
   DEVICE void finish_rows(const ForwardTile& t, float& w0, float& w1) {
 #pragma unroll
@@ -424,8 +508,9 @@ template <class C> struct ForwardConsumer {
       l0 += __shfl_xor_sync(~0u, l0, distance);
       l1 += __shfl_xor_sync(~0u, l1, distance);
     }
-    const int row = t.row + 64 * warpgroup + r0;
-    float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row;
+    const ForwardRows rows = rows_of(p, t, warpgroup);
+    const int row = rows.row + r0;
+    float* lse = p.lse + t.batch * p.lse_batch + rows.head * p.lse_head + row;
     const bool in0 = row < p.seqlen_q, in1 = row + 8 < p.seqlen_q;
     a0 = a1 = 1.f;
     w0 = w1 = 0.f;
@@ -471,7 +556,7 @@ template <class C> struct ForwardConsumer {
 
   // `out` is final. Stores read the staging memory after this returns.
   DEVICE void store(const ForwardTile& t) {
-    const int row = t.row + 64 * warpgroup;
+    const auto [head, row] = rows_of(p, t, warpgroup);
     if (p.keep) {
 #pragma unroll
       for (int i = 0; i < D / 8; i++) {
@@ -482,7 +567,7 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < 2 * C::BLOCKS; block++) {
-          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, t.head, t.batch, 0});
+          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, head, t.batch, 0});
         }
         bulk_commit();
         if (p.finish) bulk_wait_read();
@@ -502,7 +587,7 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < C::BLOCKS; block++) {
-          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, row, t.head, t.batch, 0});
+          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, row, head, t.batch, 0});
         }
         bulk_commit();
       }
@@ -522,13 +607,23 @@ template <class C> struct ForwardConsumer {
       // The queries have been read.
       if (leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
       float w0, w1;
-      finish_rows(t, w0, w1);
+      const bool cut = !C::INTERVAL && t.cut >= 0;
+      if (!cut) finish_rows(t, w0, w1);
       wgmma_wait<0>();
       pin(out);
       pin(probabilities);
       release(S::V_EMPTY + 8 * stage);
       advance();
       for (; skipped > 0; skipped--) skip();
+      if (cut) {
+        if (handed_over(t)) {
+          hand_over(slot(t, t.piece));
+          if (p.carry) barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);  // not used
+          continue;
+        }
+        take_over(t);
+        finish_rows(t, w0, w1);
+      }
       rescale();
       if (p.carry) add_carry(turn, w0, w1);
       // The store before must have left the staging memory, and all warps be done with what was in it.

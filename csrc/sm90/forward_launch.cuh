@@ -19,7 +19,7 @@ inline int heads_at_once(const SeqparProblem& x) {
   return heads;
 }
 
-template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t stream) {
+template <class C> int32_t launch_forward(const SeqparForward& a, const ForwardShape& shape, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   const Element element = element_of(x);
   ForwardMaps maps = {};
@@ -32,6 +32,9 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
   }
   if (error) return error;
 
+  const int available = multiprocessors(x.sm_margin);
+  if (!available) return cudaErrorInvalidDevice;
+  const ForwardGrid g = forward_grid(x, shape, available);
   ForwardParams p = {};
   p.lse = a.lse;
   p.lse_batch = a.lse_strides.batch;
@@ -46,8 +49,14 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
   p.group = x.nheads / x.nheads_kv;
   p.causal = x.mask == SEQPAR_CAUSAL;
   p.offset = x.offset;
-  p.row_tiles = (x.seqlen_q + C::ROWS - 1) / C::ROWS;
-  p.tiles = p.row_tiles * x.batch * x.nheads;
+  p.packed = g.packed;
+  p.packs = x.nheads / g.packed;
+  p.blocks = g.blocks;
+  p.row_tiles = g.row_tiles;
+  p.tiles = g.tiles + g.rest * (g.pieces - 1);
+  p.cut_from = g.pieces > 1 ? g.tiles - g.rest : p.tiles;
+  p.pieces = g.pieces;
+  p.partial = reinterpret_cast<float4*>(a.counter + kFlags);
   p.heads_at_once = x.mask == SEQPAR_FULL ? 1 : heads_at_once(x);
   p.carry = a.carry;
   p.keep = a.keep;
@@ -57,8 +66,6 @@ template <class C> int32_t launch_forward(const SeqparForward& a, cudaStream_t s
 
   const auto kernel = forward_kernel<C>;
   if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
-  const int available = multiprocessors(x.sm_margin);
-  if (!available) return cudaErrorInvalidDevice;
   kernel<<<std::min(available, p.tiles), C::THREADS, C::SHARED, stream>>>(maps, p);
   return cudaGetLastError();
 }

@@ -1,5 +1,6 @@
 // What the forward kernel is told besides its tensor maps.
 #pragma once
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 namespace seqpar::sm90 {
@@ -9,11 +10,15 @@ struct ForwardParams {
   int64_t lse_batch, lse_head;  // strides in elements
   const int32_t* key_lo;        // [seqlen_q], INTERVAL
   const int32_t* key_hi;
-  int* counter;                                  // two zeroed ints, returned zeroed
+  int* counter;                                  // zeroed ints, returned zeroed: two, and one per slot and warpgroup
+  float4* partial;                               // [slots, warpgroups, headdim / 8 + 1, 128 threads], results of pieces
   int seqlen_q, seqlen_k, parts, nheads, group;  // group: query heads per key head
   int causal, offset;
-  int row_tiles, tiles;     // query tiles per head, tiles in all
-  int heads_at_once;        // heads whose tiles take turns
+  int packed, packs;        // query heads whose rows are counted together, such packs per batch
+  int blocks;               // of 64 rows per head
+  int row_tiles, tiles;     // query tiles per pack, tiles in all, with pieces counted
+  int cut_from, pieces;     // tiles from this on are cut along keys
+  int heads_at_once;        // packs whose tiles take turns
   int carry, keep, finish;  // read the accumulator, write it, write the output
   float score_scale;        // softcap only: scores times this are capped by tanh
   float scale_log2;         // then times this they are exponents of two

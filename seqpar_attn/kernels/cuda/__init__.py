@@ -115,7 +115,7 @@ class CudaKernel(PlainKernel):
                 out_strides=strides(out), lse_strides=_rows(lse),
             )  # fmt: skip
             fields = ("q", "k", "v", "lse", "out_acc", "out", "problem.key_lo", "problem.key_hi")
-            return make_plan("forward", struct, fields, counters=2)
+            return make_plan("forward", struct, fields, load().seqpar_attn_forward_counters(ctypes.byref(struct)))
 
         options = (mask.kind, mask.offset, softmax_scale, softcap, carry, keep, self._variant)
         with on_device_of(q):

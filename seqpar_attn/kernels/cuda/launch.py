@@ -23,6 +23,7 @@ _MOST_PLANS = 4096
 class Plan:
     """A filled struct without its addresses."""
 
+    name: str
     function: Any
     words: Any
     """The struct as an array of 64-bit words."""
@@ -53,7 +54,7 @@ def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counte
     words = (ctypes.c_uint64 * count).from_buffer_copy(struct)
     slots = tuple(_word(type(struct), field) for field in fields)
     counter = _word(type(struct), "counter") if counters else None
-    return Plan(function, words, slots, counter, counters)
+    return Plan(name, function, words, slots, counter, counters)
 
 
 def _word(struct: Any, field: str) -> int:
@@ -111,23 +112,24 @@ def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
         words[slot] = address
     stream = torch._C._cuda_getCurrentRawStream(device)
     if plan.counter is not None:
-        words[plan.counter] = _zeroed(device, stream, plan.counters)
+        words[plan.counter] = _zeroed(device, stream, plan)
     code = plan.function(words, stream)
     if code:
         raise RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[int, int, str], torch.Tensor] = {}
 
 
-def _zeroed(device: int, stream: int, count: int) -> int:
+def _zeroed(device: int, stream: int, plan: Plan) -> int:
     """Address of zeroed ints that no other launch in flight uses: launches on one stream follow each other, and each
-    leaves its ints zeroed."""
+    leaves to the next of its function what that expects zeroed."""
+    count = plan.counters
     if torch.cuda.is_current_stream_capturing():
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
-    known = _counters.get((device, stream))
+    known = _counters.get((device, stream, plan.name))
     if known is None or known.numel() < count:
         size = max(count, 1024)
-        known = _counters[device, stream] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        known = _counters[device, stream, plan.name] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
     return known.data_ptr()

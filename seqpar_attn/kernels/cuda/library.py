@@ -165,7 +165,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-_OTHERS = ("struct_size", "architectures", "error", "backward_counters")
+_OTHERS = ("struct_size", "architectures", "error", "forward_counters", "backward_counters")
 
 
 def _function(struct: type[ctypes.Structure]) -> str:
@@ -187,8 +187,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.seqpar_attn_architectures.restype = ctypes.c_char_p
     library.seqpar_attn_error.argtypes = [ctypes.c_int32]
     library.seqpar_attn_error.restype = ctypes.c_char_p
-    library.seqpar_attn_backward_counters.argtypes = [ctypes.c_void_p]
-    library.seqpar_attn_backward_counters.restype = ctypes.c_int64
+    for counters in (library.seqpar_attn_forward_counters, library.seqpar_attn_backward_counters):
+        counters.argtypes = [ctypes.c_void_p]
+        counters.restype = ctypes.c_int64
     for struct in STRUCTS:
         # A struct by ctypes.byref or by its address as an int, and a stream as an int.
         function = getattr(library, f"seqpar_attn_{_function(struct)}")
