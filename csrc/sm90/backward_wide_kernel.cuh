@@ -395,14 +395,14 @@ template <class C> struct KeyGroup : WideConsumer<C> {
     form_ds();
     pin(packed);
     this->arrive(S::P_EMPTY);
-    barrier_wait(base + S::DS_EMPTY, q_stage ^ 1);
-    store_ds();
     pin(dk[0]);
     pin(dk[1]);
     wgmma_fence();
     this->multiply_columns(dk[0], packed, queries);
     this->multiply_columns(dk[1], packed, queries + C::HALF_BYTES);
-    shared_to_async();  // dS, stored before the products were issued
+    barrier_wait(base + S::DS_EMPTY, q_stage ^ 1);
+    store_ds();
+    shared_to_async();
     this->arrive(S::DS_FULL);
     const int2 slots = multiply_dp(more);
     wgmma_wait<1>();
