@@ -7,7 +7,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "instances"
 DTYPES = {"bf16": "Bf16", "fp16": "Fp16"}
 BACKWARD = [64, 128, 256]
-FORWARD = [(64, "Wide"), (128, "Wide"), (128, "Narrow")]
+FORWARD = [(64, "Wide"), (128, "Wide"), (128, "Narrow"), (256, "Wide")]
 TEMPLATE = """\
 // Written by generate_instances.py; do not edit.
 #include "../{kind}_instance.cuh"
