@@ -116,9 +116,9 @@ template <class T> void test_all(const char* dtype) {
   test<T, 112, Kind::kSS>("ss");
   test<T, 128, Kind::kSS>("ss");
   test<T, 64, Kind::kSB>("sb");
-  test<T, 128, Kind::kSB>("sb");
   test<T, 64, Kind::kRS>("rs");
   test<T, 128, Kind::kRS>("rs");
+  test<T, 256, Kind::kRS>("rs");
 }
 
 }  // namespace
