@@ -39,9 +39,13 @@ struct ForwardTile {
   int begin, stop;  // which of them are attended to, counted from the last one of the last part
   int cut, piece;   // which of the tiles that are cut along keys, or -1, and which piece of it
 };
-// Of a warpgroup; past the sequence's end if there is no such block.
-struct ForwardRows {
-  int head, row;
+// What a warpgroup is told about a tile by the producer, which has the time for the divisions. `row`: its first, past
+// the sequence's end if there is no such block; `left`: how many key tiles, beginning with the one `begin` before the
+// last; `slot`: where a piece is left for others; kWhole; or kTakes less the first of the slots that the last piece of
+// a tile takes over.
+struct __align__(16) ForwardWork {
+  int batch, head, row, first, end, begin, left, slot;
+  static constexpr int kNone = -1, kWhole = -1, kTakes = -2;  // kNone: batch, when all tiles are done
 };
 
 // Key tiles that the query rows [row, end) see: at least one, within [first, last].
@@ -83,11 +87,18 @@ template <class C> DEVICE ForwardTile decode(const ForwardParams& p, int number)
   return t;
 }
 
-DEVICE ForwardRows rows_of(const ForwardParams& p, const ForwardTile& t, int warpgroup) {
-  const int block = t.block + warpgroup;
-  if (p.packed == 1) return {t.head, 64 * block};
-  const int head = block / p.blocks;
-  return head < p.packed ? ForwardRows{t.head + head, 64 * (block - head * p.blocks)} : ForwardRows{t.head, p.seqlen_q};
+DEVICE ForwardWork work_of(const ForwardParams& p, const ForwardTile& t, int warpgroup) {
+  ForwardWork w = {t.batch, t.head, 64 * (t.block + warpgroup), t.first, t.end, t.begin, t.stop - t.begin, -1};
+  if (p.packed > 1) {
+    const int head = (t.block + warpgroup) / p.blocks;
+    w.head += head < p.packed ? head : 0;
+    w.row = head < p.packed ? w.row - 64 * head * p.blocks : p.seqlen_q;
+  }
+  if (t.cut >= 0) {
+    const int slot = t.cut * (p.pieces - 1);
+    w.slot = t.piece < p.pieces - 1 ? slot + t.piece : ForwardWork::kTakes - slot;
+  }
+  return w;
 }
 
 // Offsets in shared memory, and of the barriers in its last 512 bytes.
@@ -99,14 +110,14 @@ template <class C> struct ForwardShared {
   static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
                        CARRY_EMPTY = CARRY_FULL + 32;
   static constexpr int K_FULL = CARRY_EMPTY + 32, K_EMPTY = K_FULL + 32, V_FULL = K_EMPTY + 32, V_EMPTY = V_FULL + 32;
-  static constexpr int TILE_NUMBER = BARRIERS + 256;  // int per warpgroup
+  static constexpr int WORK = BARRIERS + 256;  // two ForwardWork, used in turn, per warpgroup
   static_assert(C::STAGES <= 4, "room for barriers");
 };
 
 template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
   using S = ForwardShared<C>;
   const uint32_t base = shared_address(shared);
-  volatile int* tile_number = reinterpret_cast<volatile int*>(shared + S::TILE_NUMBER);
+  ForwardWork* work = reinterpret_cast<ForwardWork*>(shared + S::WORK);
   prefetch_map(&maps.q);
   prefetch_map(&maps.k);
   prefetch_map(&maps.v);
@@ -115,7 +126,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
     if (number >= p.tiles) {
       for (int w = 0; w < C::WARPGROUPS; w++) {
         barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-        tile_number[w] = -1;
+        work[2 * w + (turn & 1)].batch = ForwardWork::kNone;
         barrier_arrive(base + S::Q_FULL + 8 * w);
       }
       break;
@@ -137,9 +148,9 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
       if (i == t.begin) {
         for (int w = 0; w < C::WARPGROUPS; w++) {
           const uint32_t full = base + S::Q_FULL + 8 * w;
-          const ForwardRows rows = rows_of(p, t, w);
+          const ForwardWork rows = work_of(p, t, w);
           barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-          tile_number[w] = number;
+          work[2 * w + (turn & 1)] = rows;
           barrier_expect(full, C::QUERY_BYTES);
           for (int block = 0; block < C::BLOCKS; block++) {
             load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
@@ -151,7 +162,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
       if (p.carry && i == min(t.begin + C::STAGES, t.stop) - 1) {  // the queries' and first keys' loads go first
         for (int w = 0; w < C::WARPGROUPS; w++) {
           const uint32_t full = base + S::CARRY_FULL + 8 * w;
-          const ForwardRows rows = rows_of(p, t, w);
+          const ForwardWork rows = work[2 * w + (turn & 1)];
           barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
           barrier_expect(full, C::STAGE_BYTES);
           for (int block = 0; block < 2 * C::BLOCKS; block++) {
@@ -386,15 +397,15 @@ template <class C> struct ForwardConsumer {
   }
 
   // All key tiles of this warpgroup's rows; on return the last product with values is in flight, with its stage
-  // current. Returns how many tiles after it are for other warpgroups only.
-  DEVICE int attend(const ForwardTile& t, int turn) {
-    const auto [head, row] = rows_of(p, t, warpgroup);
+  // current. Returns that tile: those before it are for other warpgroups only.
+  DEVICE int attend(const ForwardWork& t, int turn) {
+    const int row = t.row;
     set_bounds(row + r0);
     m0 = m1 = -INFINITY;
     l0 = l1 = 0.f;
     c0 = c1 = -INFINITY;
-    if (p.carry && !handed_over(t)) {  // long before it is needed
-      const float* lse = p.lse + t.batch * p.lse_batch + head * p.lse_head + row + r0;
+    if (p.carry && t.slot < 0) {  // long before it is needed
+      const float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row + r0;
       if (row + r0 < p.seqlen_q) c0 = lse[0] * kLog2E;
       if (row + r0 + 8 < p.seqlen_q) c1 = lse[8] * kLog2E;
     }
@@ -418,7 +429,7 @@ template <class C> struct ForwardConsumer {
     int j = end - 1, left = end - first;
     if (!C::INTERVAL && !p.causal) {
       j -= t.begin % left;
-      left = t.stop - t.begin;
+      left = t.left;
     }
     barrier_wait(base + S::K_FULL + 8 * stage, phase);
     wgmma_fence();
@@ -440,18 +451,17 @@ template <class C> struct ForwardConsumer {
         step(No{}, j * KEYS);
       }
     }
+    release(S::Q_EMPTY + 8 * warpgroup);
     barrier_wait(base + S::V_FULL + 8 * stage, phase);
     pin(out);
     pin(probabilities);
     wgmma_fence();
     multiply_values(stage);
-    return first - t.first;
+    return first;
   }
 
   // Tiles cut along keys: all pieces but the last of a tile leave what they have, thread by thread, to the CTA with the
   // last one. The pieces before have all been begun when a CTA begins the last, so that it waits for none in vain.
-  DEVICE bool handed_over(const ForwardTile& t) const { return !C::INTERVAL && t.cut >= 0 && t.piece < p.pieces - 1; }
-  DEVICE int slot(const ForwardTile& t, int piece) const { return t.cut * (p.pieces - 1) + piece; }
   // [D / 8 + 1][128 threads]
   DEVICE float4* partial(int slot) const {
     return p.partial + (slot * C::WARPGROUPS + warpgroup) * ((D / 8 + 1) * 128) + (threadIdx.x & 127);
@@ -468,18 +478,18 @@ template <class C> struct ForwardConsumer {
     sync();
     if (leader) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready(slot)), "r"(1) : "memory");
   }
-  DEVICE void take_over(const ForwardTile& t) {
+  DEVICE void take_over(int slot) {
 #pragma unroll 1
-    for (int from_slot = slot(t, 0); from_slot < slot(t, t.piece); from_slot++) {
+    for (const int end = slot + p.pieces - 1; slot < end; slot++) {
       if (leader) {
         int done;
         do {
-          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(ready(from_slot)) : "memory");
+          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(ready(slot)) : "memory");
         } while (!done);
-        *ready(from_slot) = 0;
+        *ready(slot) = 0;
       }
       sync();
-      const float4* from = partial(from_slot);
+      const float4* from = partial(slot);
       const float4 state = __ldcg(from + D / 8 * 128);
       const float x0 = fmaxf(m0, state.x), x1 = fmaxf(m1, state.y);
       const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
@@ -502,15 +512,14 @@ template <class C> struct ForwardConsumer {
   }
 
   // The carried state and the final factors; `w0, w1` are the weights of the carried rows.
-  DEVICE void finish_rows(const ForwardTile& t, float& w0, float& w1) {
+  DEVICE void finish_rows(const ForwardWork& t, float& w0, float& w1) {
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
       l0 += __shfl_xor_sync(~0u, l0, distance);
       l1 += __shfl_xor_sync(~0u, l1, distance);
     }
-    const ForwardRows rows = rows_of(p, t, warpgroup);
-    const int row = rows.row + r0;
-    float* lse = p.lse + t.batch * p.lse_batch + rows.head * p.lse_head + row;
+    const int row = t.row + r0;
+    float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row;
     const bool in0 = row < p.seqlen_q, in1 = row + 8 < p.seqlen_q;
     a0 = a1 = 1.f;
     w0 = w1 = 0.f;
@@ -555,8 +564,7 @@ template <class C> struct ForwardConsumer {
   }
 
   // `out` is final. Stores read the staging memory after this returns.
-  DEVICE void store(const ForwardTile& t) {
-    const auto [head, row] = rows_of(p, t, warpgroup);
+  DEVICE void store(const ForwardWork& t) {
     if (p.keep) {
 #pragma unroll
       for (int i = 0; i < D / 8; i++) {
@@ -567,7 +575,7 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < 2 * C::BLOCKS; block++) {
-          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, head, t.batch, 0});
+          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, t.row, t.head, t.batch, 0});
         }
         bulk_commit();
         if (p.finish) bulk_wait_read();
@@ -587,41 +595,41 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < C::BLOCKS; block++) {
-          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, row, head, t.batch, 0});
+          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, t.row, t.head, t.batch, 0});
         }
         bulk_commit();
       }
     }
   }
 
+  DEVICE static ForwardWork read_work(const volatile int* w) {
+    return {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
+  }
+
   DEVICE void run() {
-    const volatile int* tile_number = reinterpret_cast<const volatile int*>(shared + S::TILE_NUMBER);
     for (int turn = 0;; turn++) {
       barrier_wait(base + S::Q_FULL + 8 * warpgroup, turn & 1);
-      int number = __shfl_sync(~0u, tile_number[warpgroup], 0);
-      if (number < 0) break;
-      int skipped = attend(decode<C>(p, number), turn);
-      // Again from the number, so that nothing of it lives in the loop.
-      const ForwardTile t = decode<C>(p, __shfl_sync(~0u, tile_number[warpgroup], 0));
-      sync();
-      // The queries have been read.
-      if (leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      // Read wherever it is needed, so that nothing of it takes a register elsewhere.
+      const volatile int* work =
+          reinterpret_cast<const volatile int*>(shared + S::WORK) + 16 * warpgroup + 8 * (turn & 1);
+      if (work[0] == ForwardWork::kNone) break;
+      const int first = attend(read_work(work), turn);
       float w0, w1;
-      const bool cut = !C::INTERVAL && t.cut >= 0;
-      if (!cut) finish_rows(t, w0, w1);
+      if (C::INTERVAL || read_work(work).slot == ForwardWork::kWhole) finish_rows(read_work(work), w0, w1);
       wgmma_wait<0>();
       pin(out);
       pin(probabilities);
       release(S::V_EMPTY + 8 * stage);
       advance();
-      for (; skipped > 0; skipped--) skip();
-      if (cut) {
-        if (handed_over(t)) {
-          hand_over(slot(t, t.piece));
+      const ForwardWork t = read_work(work);
+      for (int skipped = first - t.first; skipped > 0; skipped--) skip();
+      if (!C::INTERVAL && t.slot != ForwardWork::kWhole) {
+        if (t.slot >= 0) {
+          hand_over(t.slot);
           if (p.carry) barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);  // not used
           continue;
         }
-        take_over(t);
+        take_over(ForwardWork::kTakes - t.slot);
         finish_rows(t, w0, w1);
       }
       rescale();
@@ -645,7 +653,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   if (threadIdx.x == 0) {
     for (int w = 0; w < C::WARPGROUPS; w++) {
       barrier_init(base + S::Q_FULL + 8 * w, 1);
-      barrier_init(base + S::Q_EMPTY + 8 * w, 1);
+      barrier_init(base + S::Q_EMPTY + 8 * w, 4);
       barrier_init(base + S::CARRY_FULL + 8 * w, 1);
       barrier_init(base + S::CARRY_EMPTY + 8 * w, 1);
     }
