@@ -1,6 +1,6 @@
 // Exact attention forward for Hopper with an fp32 carry between calls.
 //
-// Persistent CTAs: one producer warp feeds 2 or 3 consumer warpgroups of 64 query rows each. A consumer multiplies the
+// Persistent CTAs: two producer warps feed 2 or 3 consumer warpgroups of 64 query rows each. A consumer multiplies the
 // scores of one key tile while it still multiplies the values of the tile before (FlashAttention-3's overlap inside a
 // warpgroup, arXiv 2407.08608), and moves the reference of a row's exponentials only when its maximum has grown by 2^8.
 #pragma once
@@ -110,27 +110,24 @@ template <class C> struct ForwardShared {
   static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
                        CARRY_EMPTY = CARRY_FULL + 32;
   static constexpr int K_FULL = CARRY_EMPTY + 32, K_EMPTY = K_FULL + 32, V_FULL = K_EMPTY + 32, V_EMPTY = V_FULL + 32;
-  static constexpr int WORK = BARRIERS + 256;  // two ForwardWork, used in turn, per warpgroup
-  static_assert(C::STAGES <= 4, "room for barriers");
+  // Tile numbers on their way from the producer of keys to that of queries, who may be as many behind as there are
+  // stages; and what the consumers are told, two ForwardWork, used in turn, per warpgroup.
+  static constexpr int NUMBER_FULL = BARRIERS + 256, NUMBER = NUMBER_FULL + 32, WORK = NUMBER + 16;
+  static_assert(C::STAGES < 4, "room for barriers");
 };
 
-template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+// Loads keys and values, and decides which tile is next.
+template <class C> DEVICE void produce_keys(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
   using S = ForwardShared<C>;
   const uint32_t base = shared_address(shared);
-  ForwardWork* work = reinterpret_cast<ForwardWork*>(shared + S::WORK);
-  prefetch_map(&maps.q);
+  volatile int* numbers = reinterpret_cast<volatile int*>(shared + S::NUMBER);
   prefetch_map(&maps.k);
   prefetch_map(&maps.v);
   int number = blockIdx.x, stage = 0, phase = 0;
   for (int turn = 0;; turn++) {
-    if (number >= p.tiles) {
-      for (int w = 0; w < C::WARPGROUPS; w++) {
-        barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-        work[2 * w + (turn & 1)].batch = ForwardWork::kNone;
-        barrier_arrive(base + S::Q_FULL + 8 * w);
-      }
-      break;
-    }
+    numbers[turn & 3] = number;
+    barrier_arrive(base + S::NUMBER_FULL + 8 * (turn & 3));
+    if (number >= p.tiles) break;
     const int next = gridDim.x + atomicAdd(p.counter, 1);
     const ForwardTile t = decode<C>(p, number);
     const int key_head = t.head / p.group, per_part = t.end - t.first;
@@ -145,32 +142,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
     int part = p.parts - 1 - t.begin / per_part, key_tile = t.end - 1 - t.begin % per_part;
     for (int i = t.begin; i < t.stop; i++) {
       load_keys(&maps.k, S::K, S::K_FULL, S::K_EMPTY, key_tile * C::KEYS, part);
-      if (i == t.begin) {
-        for (int w = 0; w < C::WARPGROUPS; w++) {
-          const uint32_t full = base + S::Q_FULL + 8 * w;
-          const ForwardWork rows = work_of(p, t, w);
-          barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-          work[2 * w + (turn & 1)] = rows;
-          barrier_expect(full, C::QUERY_BYTES);
-          for (int block = 0; block < C::BLOCKS; block++) {
-            load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
-                     {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
-          }
-        }
-      }
       load_keys(&maps.v, S::V, S::V_FULL, S::V_EMPTY, key_tile * C::KEYS, part);
-      if (p.carry && i == min(t.begin + C::STAGES, t.stop) - 1) {  // the queries' and first keys' loads go first
-        for (int w = 0; w < C::WARPGROUPS; w++) {
-          const uint32_t full = base + S::CARRY_FULL + 8 * w;
-          const ForwardWork rows = work[2 * w + (turn & 1)];
-          barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
-          barrier_expect(full, C::STAGE_BYTES);
-          for (int block = 0; block < 2 * C::BLOCKS; block++) {
-            load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
-                     {32 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
-          }
-        }
-      }
       if (++stage == C::STAGES) {
         stage = 0;
         phase ^= 1;
@@ -185,6 +157,56 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
   // The last CTA to finish leaves the counters zeroed.
   __threadfence();
   if (atomicAdd(p.counter + 1, 1) == static_cast<int>(gridDim.x) - 1) p.counter[0] = p.counter[1] = 0;
+}
+
+// Loads queries and the carried accumulator, which wait for a warpgroup to be done with its tile: keys must not.
+template <class C> DEVICE void produce_queries(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+  using S = ForwardShared<C>;
+  const uint32_t base = shared_address(shared);
+  const volatile int* numbers = reinterpret_cast<const volatile int*>(shared + S::NUMBER);
+  ForwardWork* work = reinterpret_cast<ForwardWork*>(shared + S::WORK);
+  prefetch_map(&maps.q);
+  for (int turn = 0;; turn++) {
+    barrier_wait(base + S::NUMBER_FULL + 8 * (turn & 3), (turn >> 2) & 1);
+    const int number = numbers[turn & 3];
+    if (number >= p.tiles) {
+      for (int w = 0; w < C::WARPGROUPS; w++) {
+        barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+        work[2 * w + (turn & 1)].batch = ForwardWork::kNone;
+        barrier_arrive(base + S::Q_FULL + 8 * w);
+      }
+      break;
+    }
+    const ForwardTile t = decode<C>(p, number);
+    // From memory before there is room for them.
+    for (int w = 0; w < C::WARPGROUPS; w++) {
+      const ForwardWork rows = work_of(p, t, w);
+      for (int block = 0; block < C::BLOCKS; block++) {
+        prefetch_box(&maps.q, {64 * block, rows.row, rows.head, t.batch, 0});
+      }
+    }
+    for (int w = 0; w < C::WARPGROUPS; w++) {
+      const uint32_t full = base + S::Q_FULL + 8 * w;
+      const ForwardWork rows = work_of(p, t, w);
+      barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+      work[2 * w + (turn & 1)] = rows;
+      barrier_expect(full, C::QUERY_BYTES);
+      for (int block = 0; block < C::BLOCKS; block++) {
+        load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
+                 {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
+      }
+    }
+    for (int w = 0; p.carry && w < C::WARPGROUPS; w++) {
+      const uint32_t full = base + S::CARRY_FULL + 8 * w;
+      const ForwardWork rows = work[2 * w + (turn & 1)];
+      barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
+      barrier_expect(full, C::STAGE_BYTES);
+      for (int block = 0; block < 2 * C::BLOCKS; block++) {
+        load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
+                 {32 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
+      }
+    }
+  }
 }
 
 // A warpgroup's 64 query rows. Thread registers: rows r0 and r0 + 8 of the warpgroup.
@@ -657,6 +679,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
       barrier_init(base + S::CARRY_FULL + 8 * w, 1);
       barrier_init(base + S::CARRY_EMPTY + 8 * w, 1);
     }
+    for (int i = 0; i < 4; i++) barrier_init(base + S::NUMBER_FULL + 8 * i, 1);
     for (int s = 0; s < C::STAGES; s++) {
       barrier_init(base + S::K_FULL + 8 * s, 1);
       barrier_init(base + S::K_EMPTY + 8 * s, 4 * C::WARPGROUPS);
@@ -668,7 +691,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   __syncthreads();
   if (warp >= 4 * C::WARPGROUPS) {
     release_registers<C::PRODUCER_REGISTERS>();
-    if (warp == 4 * C::WARPGROUPS && (threadIdx.x & 31) == 0) forward_producer<C>(maps, p, shared);
+    if ((threadIdx.x & 31) == 0) {
+      if (warp == 4 * C::WARPGROUPS) produce_keys<C>(maps, p, shared);
+      if (warp == 4 * C::WARPGROUPS + 1) produce_queries<C>(maps, p, shared);
+    }
   } else {
     claim_registers<C::CONSUMER_REGISTERS>();
     ForwardConsumer<C>(maps, p, shared).run();
