@@ -26,6 +26,12 @@ DEVICE void load_box(uint32_t target, const CUtensorMap* map, uint32_t barrier, 
       "l"(map), "r"(barrier), "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch), "r"(at.part), "l"(priority)
       : "memory");
 }
+// cp.async.bulk.prefetch: a box into the L2 cache.
+DEVICE void prefetch_box(const CUtensorMap* map, BoxAt at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(at.column),
+               "r"(at.row), "r"(at.head), "r"(at.batch), "r"(at.part)
+               : "memory");
+}
 // A box into global memory; what lies outside the tensor is left out.
 DEVICE void store_box(const CUtensorMap* map, uint32_t source, BoxAt at) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),

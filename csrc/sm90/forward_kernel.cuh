@@ -1,6 +1,6 @@
 // Exact attention forward for Hopper with an fp32 carry between calls.
 //
-// Persistent CTAs: one producer warp feeds 2 or 3 consumer warpgroups of 64 query rows each. A consumer multiplies the
+// Persistent CTAs: two producer warps feed 2 or 3 consumer warpgroups of 64 query rows each. A consumer multiplies the
 // scores of one key tile while it still multiplies the values of the tile before (FlashAttention-3's overlap inside a
 // warpgroup, arXiv 2407.08608), and moves the reference of a row's exponentials only when its maximum has grown by 2^8.
 #pragma once
@@ -42,9 +42,13 @@ struct ForwardTile {
   int begin, stop;  // which of them are attended to, counted from the last one of the last part
   int cut, piece;   // which of the tiles that are cut along keys, or -1, and which piece of it
 };
-// Of a warpgroup; past the sequence's end if there is no such block.
-struct ForwardRows {
-  int head, row;
+// What a warpgroup is told about a tile by the producer, which has the time for the divisions. `row`: its first, past
+// the sequence's end if there is no such block; `left`: how many key tiles, beginning with the one `begin` before the
+// last; `slot`: where a piece is left for others; kWhole; or kTakes less the first of the slots that the last piece of
+// a tile takes over.
+struct __align__(16) ForwardWork {
+  int batch, head, row, first, end, begin, left, slot;
+  static constexpr int kNone = -1, kWhole = -1, kTakes = -2;  // kNone: batch, when all tiles are done
 };
 
 // Key tiles that the query rows [row, end) see: at least one, within [first, last].
@@ -86,11 +90,18 @@ template <class C> DEVICE ForwardTile decode(const ForwardParams& p, int number)
   return t;
 }
 
-DEVICE ForwardRows rows_of(const ForwardParams& p, const ForwardTile& t, int warpgroup) {
-  const int block = t.block + warpgroup;
-  if (p.packed == 1) return {t.head, 64 * block};
-  const int head = block / p.blocks;
-  return head < p.packed ? ForwardRows{t.head + head, 64 * (block - head * p.blocks)} : ForwardRows{t.head, p.seqlen_q};
+DEVICE ForwardWork work_of(const ForwardParams& p, const ForwardTile& t, int warpgroup) {
+  ForwardWork w = {t.batch, t.head, 64 * (t.block + warpgroup), t.first, t.end, t.begin, t.stop - t.begin, -1};
+  if (p.packed > 1) {
+    const int head = (t.block + warpgroup) / p.blocks;
+    w.head += head < p.packed ? head : 0;
+    w.row = head < p.packed ? w.row - 64 * head * p.blocks : p.seqlen_q;
+  }
+  if (t.cut >= 0) {
+    const int slot = t.cut * (p.pieces - 1);
+    w.slot = t.piece < p.pieces - 1 ? slot + t.piece : ForwardWork::kTakes - slot;
+  }
+  return w;
 }
 
 // Offsets in shared memory, and of the barriers in its last 512 bytes.
@@ -102,27 +113,24 @@ template <class C> struct ForwardShared {
   static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
                        CARRY_EMPTY = CARRY_FULL + 32;
   static constexpr int K_FULL = CARRY_EMPTY + 32, K_EMPTY = K_FULL + 32, V_FULL = K_EMPTY + 32, V_EMPTY = V_FULL + 32;
-  static constexpr int TILE_NUMBER = BARRIERS + 256;  // int per warpgroup
-  static_assert(C::STAGES <= 4, "room for barriers");
+  // Tile numbers on their way from the producer of keys to that of queries, who may be as many behind as there are
+  // stages; and what the consumers are told, two ForwardWork, used in turn, per warpgroup.
+  static constexpr int NUMBER_FULL = BARRIERS + 256, NUMBER = NUMBER_FULL + 32, WORK = NUMBER + 16;
+  static_assert(C::STAGES < 4, "room for barriers");
 };
 
-template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+// Loads keys and values, and decides which tile is next.
+template <class C> DEVICE void produce_keys(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
   using S = ForwardShared<C>;
   const uint32_t base = shared_address(shared);
-  volatile int* tile_number = reinterpret_cast<volatile int*>(shared + S::TILE_NUMBER);
-  prefetch_map(&maps.q);
+  volatile int* numbers = reinterpret_cast<volatile int*>(shared + S::NUMBER);
   prefetch_map(&maps.k);
   prefetch_map(&maps.v);
   int number = blockIdx.x, stage = 0, phase = 0;
   for (int turn = 0;; turn++) {
-    if (number >= p.tiles) {
-      for (int w = 0; w < C::WARPGROUPS; w++) {
-        barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-        tile_number[w] = -1;
-        barrier_arrive(base + S::Q_FULL + 8 * w);
-      }
-      break;
-    }
+    numbers[turn & 3] = number;
+    barrier_arrive(base + S::NUMBER_FULL + 8 * (turn & 3));
+    if (number >= p.tiles) break;
     const int next = gridDim.x + atomicAdd(p.counter, 1);
     const ForwardTile t = decode<C>(p, number);
     const int key_head = t.head / p.group, per_part = t.end - t.first;
@@ -137,33 +145,7 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
     int part = p.parts - 1 - t.begin / per_part, key_tile = t.end - 1 - t.begin % per_part;
     for (int i = t.begin; i < t.stop; i++) {
       load_keys(&maps.k, S::K, S::K_FULL, S::K_EMPTY, key_tile * C::KEYS, part);
-      if (i == t.begin) {
-        for (int w = 0; w < C::WARPGROUPS; w++) {
-          const uint32_t full = base + S::Q_FULL + 8 * w;
-          const ForwardRows rows = rows_of(p, t, w);
-          barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
-          tile_number[w] = number;
-          barrier_expect(full, C::QUERY_BYTES);
-          for (int block = 0; block < C::BLOCKS; block++) {
-            load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
-                     {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
-          }
-        }
-      }
       load_keys(&maps.v, S::V, S::V_FULL, S::V_EMPTY, key_tile * C::KEYS, part);
-      // The queries' and first keys' loads go first.
-      if (C::STAGED && p.carry && i == min(t.begin + C::STAGES, t.stop) - 1) {
-        for (int w = 0; w < C::WARPGROUPS; w++) {
-          const uint32_t full = base + S::CARRY_FULL + 8 * w;
-          const ForwardRows rows = rows_of(p, t, w);
-          barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
-          barrier_expect(full, C::STAGE_BYTES);
-          for (int block = 0; block < 2 * C::BLOCKS; block++) {
-            load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
-                     {32 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
-          }
-        }
-      }
       if (++stage == C::STAGES) {
         stage = 0;
         phase ^= 1;
@@ -178,6 +160,56 @@ template <class C> DEVICE void forward_producer(const ForwardMaps& maps, const F
   // The last CTA to finish leaves the counters zeroed.
   __threadfence();
   if (atomicAdd(p.counter + 1, 1) == static_cast<int>(gridDim.x) - 1) p.counter[0] = p.counter[1] = 0;
+}
+
+// Loads queries and the carried accumulator, which wait for a warpgroup to be done with its tile: keys must not.
+template <class C> DEVICE void produce_queries(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+  using S = ForwardShared<C>;
+  const uint32_t base = shared_address(shared);
+  const volatile int* numbers = reinterpret_cast<const volatile int*>(shared + S::NUMBER);
+  ForwardWork* work = reinterpret_cast<ForwardWork*>(shared + S::WORK);
+  prefetch_map(&maps.q);
+  for (int turn = 0;; turn++) {
+    barrier_wait(base + S::NUMBER_FULL + 8 * (turn & 3), (turn >> 2) & 1);
+    const int number = numbers[turn & 3];
+    if (number >= p.tiles) {
+      for (int w = 0; w < C::WARPGROUPS; w++) {
+        barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+        work[2 * w + (turn & 1)].batch = ForwardWork::kNone;
+        barrier_arrive(base + S::Q_FULL + 8 * w);
+      }
+      break;
+    }
+    const ForwardTile t = decode<C>(p, number);
+    // From memory before there is room for them.
+    for (int w = 0; w < C::WARPGROUPS; w++) {
+      const ForwardWork rows = work_of(p, t, w);
+      for (int block = 0; block < C::BLOCKS; block++) {
+        prefetch_box(&maps.q, {64 * block, rows.row, rows.head, t.batch, 0});
+      }
+    }
+    for (int w = 0; w < C::WARPGROUPS; w++) {
+      const uint32_t full = base + S::Q_FULL + 8 * w;
+      const ForwardWork rows = work_of(p, t, w);
+      barrier_wait(base + S::Q_EMPTY + 8 * w, (turn & 1) ^ 1);
+      work[2 * w + (turn & 1)] = rows;
+      barrier_expect(full, C::QUERY_BYTES);
+      for (int block = 0; block < C::BLOCKS; block++) {
+        load_box(base + S::Q + w * C::QUERY_BYTES + block * 8192, &maps.q, full,
+                 {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
+      }
+    }
+    for (int w = 0; C::STAGED && p.carry && w < C::WARPGROUPS; w++) {
+      const uint32_t full = base + S::CARRY_FULL + 8 * w;
+      const ForwardWork rows = work[2 * w + (turn & 1)];
+      barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
+      barrier_expect(full, C::STAGE_BYTES);
+      for (int block = 0; block < 2 * C::BLOCKS; block++) {
+        load_box(base + S::STAGE + w * C::STAGE_BYTES + block * 8192, &maps.acc, full,
+                 {32 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
+      }
+    }
+  }
 }
 
 // A warpgroup's 64 query rows. Thread registers: rows r0 and r0 + 8 of the warpgroup.
@@ -389,16 +421,19 @@ template <class C> struct ForwardConsumer {
     hi1 -= 2 * (lane & 3);
   }
 
+  // Whether the output goes through the memory of the queries.
+  DEVICE bool holds_queries(const ForwardWork& t) const { return !C::STAGED && p.finish && t.slot < 0; }
+
   // All key tiles of this warpgroup's rows; on return the last product with values is in flight, with its stage
-  // current. Returns how many tiles after it are for other warpgroups only.
-  DEVICE int attend(const ForwardTile& t, int turn) {
-    const auto [head, row] = rows_of(p, t, warpgroup);
+  // current. Returns that tile: those before it are for other warpgroups only.
+  DEVICE int attend(const ForwardWork& t, int turn) {
+    const int row = t.row;
     set_bounds(row + r0);
     m0 = m1 = -INFINITY;
     l0 = l1 = 0.f;
     c0 = c1 = -INFINITY;
-    if (p.carry && !handed_over(t)) {  // long before it is needed
-      const float* lse = p.lse + t.batch * p.lse_batch + head * p.lse_head + row + r0;
+    if (p.carry && t.slot < 0) {  // long before it is needed
+      const float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row + r0;
       if (row + r0 < p.seqlen_q) c0 = lse[0] * kLog2E;
       if (row + r0 + 8 < p.seqlen_q) c1 = lse[8] * kLog2E;
     }
@@ -422,7 +457,7 @@ template <class C> struct ForwardConsumer {
     int j = end - 1, left = end - first;
     if (!C::INTERVAL && !p.causal) {
       j -= t.begin % left;
-      left = t.stop - t.begin;
+      left = t.left;
     }
     barrier_wait(base + S::K_FULL + 8 * stage, phase);
     wgmma_fence();
@@ -444,18 +479,17 @@ template <class C> struct ForwardConsumer {
         step(No{}, j * KEYS);
       }
     }
+    if (!holds_queries(t)) release(S::Q_EMPTY + 8 * warpgroup);
     barrier_wait(base + S::V_FULL + 8 * stage, phase);
     pin(out);
     pin(probabilities);
     wgmma_fence();
     multiply_values(stage);
-    return first - t.first;
+    return first;
   }
 
   // Tiles cut along keys: all pieces but the last of a tile leave what they have, thread by thread, to the CTA with the
   // last one. The pieces before have all been begun when a CTA begins the last, so that it waits for none in vain.
-  DEVICE bool handed_over(const ForwardTile& t) const { return !C::INTERVAL && t.cut >= 0 && t.piece < p.pieces - 1; }
-  DEVICE int slot(const ForwardTile& t, int piece) const { return t.cut * (p.pieces - 1) + piece; }
   // [D / 8 + 1][128 threads][4], or [D / 8 + 1][4][128 threads] for D = 256: four numbers that are loaded at once have
   // to lie side by side in registers, which there are too few of for that.
   DEVICE float* partial(int slot) const {
@@ -491,18 +525,18 @@ template <class C> struct ForwardConsumer {
     sync();
     if (leader) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready(slot)), "r"(1) : "memory");
   }
-  DEVICE void take_over(const ForwardTile& t) {
+  DEVICE void take_over(int slot) {
 #pragma unroll 1
-    for (int from_slot = slot(t, 0); from_slot < slot(t, t.piece); from_slot++) {
+    for (const int end = slot + p.pieces - 1; slot < end; slot++) {
       if (leader) {
         int done;
         do {
-          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(ready(from_slot)) : "memory");
+          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(ready(slot)) : "memory");
         } while (!done);
-        *ready(from_slot) = 0;
+        *ready(slot) = 0;
       }
       sync();
-      const float* from = partial(from_slot);
+      const float* from = partial(slot);
       const float4 state = get(from, D / 8);
       const float x0 = fmaxf(m0, state.x), x1 = fmaxf(m1, state.y);
       const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
@@ -525,15 +559,14 @@ template <class C> struct ForwardConsumer {
   }
 
   // The carried state and the final factors; `w0, w1` are the weights of the carried rows.
-  DEVICE void finish_rows(const ForwardTile& t, float& w0, float& w1) {
+  DEVICE void finish_rows(const ForwardWork& t, float& w0, float& w1) {
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
       l0 += __shfl_xor_sync(~0u, l0, distance);
       l1 += __shfl_xor_sync(~0u, l1, distance);
     }
-    const ForwardRows rows = rows_of(p, t, warpgroup);
-    const int row = rows.row + r0;
-    float* lse = p.lse + t.batch * p.lse_batch + rows.head * p.lse_head + row;
+    const int row = t.row + r0;
+    float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row;
     const bool in0 = row < p.seqlen_q, in1 = row + 8 < p.seqlen_q;
     a0 = a1 = 1.f;
     w0 = w1 = 0.f;
@@ -571,13 +604,12 @@ template <class C> struct ForwardConsumer {
     float* row;
     int columns;
   };
-  DEVICE Kept kept(const ForwardTile& t, int r) const {
-    const ForwardRows rows = rows_of(p, t, warpgroup);
-    const int row = rows.row + r;
-    return {p.acc + t.batch * p.acc_batch + row * p.acc_row + rows.head * p.acc_head + 2 * (lane & 3),
+  DEVICE Kept kept(const ForwardWork& t, int r) const {
+    const int row = t.row + r;
+    return {p.acc + t.batch * p.acc_batch + row * p.acc_row + t.head * p.acc_head + 2 * (lane & 3),
             row < p.seqlen_q ? p.headdim : 0};
   }
-  DEVICE void add_carry(const ForwardTile& t, int turn, float w0, float w1) {
+  DEVICE void add_carry(const ForwardWork& t, int turn, float w0, float w1) {
     if constexpr (!C::STAGED) {
       const Kept k0 = kept(t, r0), k1 = kept(t, r0 + 8);
 #pragma unroll
@@ -607,8 +639,7 @@ template <class C> struct ForwardConsumer {
   }
 
   // `out` is final. Stores read the staging memory after this returns.
-  DEVICE void store(const ForwardTile& t) {
-    const auto [head, row] = rows_of(p, t, warpgroup);
+  DEVICE void store(const ForwardWork& t) {
     if (!C::STAGED && p.keep) {
       const Kept k0 = kept(t, r0), k1 = kept(t, r0 + 8);
 #pragma unroll
@@ -628,7 +659,7 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < 2 * C::BLOCKS; block++) {
-          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, row, head, t.batch, 0});
+          store_box(&maps.acc, stage_memory() + block * 8192, {32 * block, t.row, t.head, t.batch, 0});
         }
         bulk_commit();
         if (p.finish) bulk_wait_read();
@@ -648,55 +679,52 @@ template <class C> struct ForwardConsumer {
       sync();
       if (leader) {
         for (int block = 0; block < C::BLOCKS; block++) {
-          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, row, head, t.batch, 0});
+          store_box(&maps.out, stage_memory() + block * 8192, {64 * block, t.row, t.head, t.batch, 0});
         }
         bulk_commit();
       }
     }
   }
 
+  DEVICE static ForwardWork read_work(const volatile int* w) {
+    return {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]};
+  }
+
   DEVICE void run() {
-    const volatile int* tile_number = reinterpret_cast<const volatile int*>(shared + S::TILE_NUMBER);
     for (int turn = 0;; turn++) {
       barrier_wait(base + S::Q_FULL + 8 * warpgroup, turn & 1);
-      int number = __shfl_sync(~0u, tile_number[warpgroup], 0);
-      if (number < 0) break;
-      int skipped = attend(decode<C>(p, number), turn);
-      // Again from the number, so that nothing of it lives in the loop.
-      const ForwardTile t = decode<C>(p, __shfl_sync(~0u, tile_number[warpgroup], 0));
-      sync();
-      // The queries have been read. The output may need their memory.
-      const bool held = !C::STAGED && p.finish && !handed_over(t);
-      if (!held && leader) barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      // Read wherever it is needed, so that nothing of it takes a register elsewhere.
+      const volatile int* work =
+          reinterpret_cast<const volatile int*>(shared + S::WORK) + 16 * warpgroup + 8 * (turn & 1);
+      if (work[0] == ForwardWork::kNone) break;
+      const int first = attend(read_work(work), turn);
       float w0, w1;
-      const bool cut = !C::INTERVAL && t.cut >= 0;
-      if (!cut) finish_rows(t, w0, w1);
+      if (C::INTERVAL || read_work(work).slot == ForwardWork::kWhole) finish_rows(read_work(work), w0, w1);
       wgmma_wait<0>();
       pin(out);
       pin(probabilities);
       release(S::V_EMPTY + 8 * stage);
       advance();
-      for (; skipped > 0; skipped--) skip();
-      if (cut) {
-        if (handed_over(t)) {
-          hand_over(slot(t, t.piece));
+      const ForwardWork t = read_work(work);
+      for (int skipped = first - t.first; skipped > 0; skipped--) skip();
+      if (!C::INTERVAL && t.slot != ForwardWork::kWhole) {
+        if (t.slot >= 0) {
+          hand_over(t.slot);
           if (C::STAGED && p.carry) barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);  // not used
           continue;
         }
-        take_over(t);
+        take_over(ForwardWork::kTakes - t.slot);
         finish_rows(t, w0, w1);
       }
       rescale();
       if (p.carry) add_carry(t, turn, w0, w1);
-      if constexpr (C::STAGED) {
-        // The store before must have left the staging memory, and all warps be done with what was in it.
-        if (!p.carry && leader) bulk_wait_read();
-        sync();
-      }
+      // The store before must have left the staging memory, and all warps be done with what was in it.
+      if (!p.carry && leader) bulk_wait_read();
+      sync();
       store(t);
-      if (held && leader) {
-        bulk_wait_read();
-        barrier_arrive(base + S::Q_EMPTY + 8 * warpgroup);
+      if (holds_queries(t)) {
+        if (leader) bulk_wait_read();
+        release(S::Q_EMPTY + 8 * warpgroup);
       }
     }
     if (leader) bulk_wait();
@@ -713,10 +741,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   if (threadIdx.x == 0) {
     for (int w = 0; w < C::WARPGROUPS; w++) {
       barrier_init(base + S::Q_FULL + 8 * w, 1);
-      barrier_init(base + S::Q_EMPTY + 8 * w, 1);
+      barrier_init(base + S::Q_EMPTY + 8 * w, 4);
       barrier_init(base + S::CARRY_FULL + 8 * w, 1);
       barrier_init(base + S::CARRY_EMPTY + 8 * w, 1);
     }
+    for (int i = 0; i < 4; i++) barrier_init(base + S::NUMBER_FULL + 8 * i, 1);
     for (int s = 0; s < C::STAGES; s++) {
       barrier_init(base + S::K_FULL + 8 * s, 1);
       barrier_init(base + S::K_EMPTY + 8 * s, 4 * C::WARPGROUPS);
@@ -728,7 +757,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   __syncthreads();
   if (warp >= 4 * C::WARPGROUPS) {
     release_registers<C::PRODUCER_REGISTERS>();
-    if (warp == 4 * C::WARPGROUPS && (threadIdx.x & 31) == 0) forward_producer<C>(maps, p, shared);
+    if ((threadIdx.x & 31) == 0) {
+      if (warp == 4 * C::WARPGROUPS) produce_keys<C>(maps, p, shared);
+      if (warp == 4 * C::WARPGROUPS + 1) produce_queries<C>(maps, p, shared);
+    }
   } else {
     claim_registers<C::CONSUMER_REGISTERS>();
     ForwardConsumer<C>(maps, p, shared).run();
