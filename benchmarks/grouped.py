@@ -2,9 +2,9 @@
 
     python3 benchmarks/grouped.py --out benchmarks/results
 
-Documents: one call over all of them with an interval mask, against one causal call per document. Grouped heads: the same
-number of query heads over fewer key heads, against as many key heads. Contenders take turns and inputs rotate, as in
-attention.py; the backward is measured whole.
+Documents: one call over all of them with an interval mask, against one causal call per document. Grouped heads: the
+same number of query heads over fewer key heads, against as many key heads. Contenders take turns and inputs rotate, as
+in attention.py; the backward is measured whole.
 """
 
 from __future__ import annotations

@@ -131,5 +131,6 @@ def _zeroed(device: int, stream: int, plan: Plan) -> int:
     known = _counters.get((device, stream, plan.name))
     if known is None or known.numel() < count:
         size = max(count, 1024)
-        known = _counters[device, stream, plan.name] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        known = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        _counters[device, stream, plan.name] = known
     return known.data_ptr()
