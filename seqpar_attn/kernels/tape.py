@@ -1,4 +1,4 @@
-"""Recording what a pass launches, so that the next pass with the same geometry launches it without looking again.
+"""Recording what a pass launches, so that when it is played again it launches it without looking again.
 
 Between two passes over a schedule with inputs of the same shapes and strides nothing changes but addresses. A backend
 that takes part (``Kernel.recordable``) hands every launch over as a function of those: host time per ring step is then
@@ -66,9 +66,12 @@ class Tape:
         self.complete = True
         self._places.clear()  # they name tensors that are about to go
 
-    def replay(self, call: int, addresses: Sequence[int]) -> None:
-        for launch in self._calls[call]:
+    def replay(self, call: int, addresses: Sequence[int]) -> bool:
+        """Whether there was anything to launch."""
+        launches = self._calls[call]
+        for launch in launches:
             launch(addresses)
+        return bool(launches)
 
 
 class _Local(threading.local):

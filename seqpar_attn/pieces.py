@@ -1,0 +1,139 @@
+"""The tensors of a pass over a schedule, and the pieces of them that its program names.
+
+What does not outlive a pass (accumulators, what travels) is made once per geometry, with every view of it. Only its
+memory comes and goes, through torch's allocator, so under its rules for streams and graphs: a storage is resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels.tape import Tape
+from .program import Program
+from .schedule import Kind
+
+Tensors = Sequence[torch.Tensor]
+Shape = tuple[Sequence[int], torch.dtype]
+
+
+class Field(NamedTuple):
+    """A tensor by its number, and its sequence dimension."""
+
+    number: int
+    dim: int
+
+
+class Pieces:
+    """Tensors are numbered: those that are given, those that are returned (both new every time), then the scratch.
+
+    ``own[kind]``: which have the shards of the local ranks one after the other; ``travels[kind]``: those of them for
+    which there are slots. Used by one pass at a time, between ``begin`` and ``end``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        given: Tensors,
+        returned: Sequence[Shape],
+        scratch: Sequence[Shape],
+        own: dict[Kind, tuple[Field, ...]],
+        travels: dict[Kind, tuple[Field, ...]],
+    ):
+        self.program, self.own, self.travels = program, own, travels
+        self.device = given[0].device
+        self.tensors: list[torch.Tensor] = []
+        """Between ``begin`` and ``end``."""
+        self.views: list[Tensors | None] = [None] * len(program.views)
+        """None: pieces of what is given or returned, not made yet."""
+        self._memory: list[tuple[Callable[[int], Any], int]] = []
+        """What resizes a storage, and its bytes."""
+        self._returned = returned
+        self._shapes = [*((x.shape, x.dtype) for x in given), *returned, *scratch]
+        # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            self._scratch = [self._allocate(*shape) for shape in scratch]
+            self._slots = {key: self._make_slots(key[1], count) for key, count in program.slots.items()}
+            for index in range(len(program.views)):
+                self._make_own_view(index)
+        self.foreign = [index for index, pieces in enumerate(self.views) if pieces is None]
+        self._cuts = {index: self._how_to_cut(index) for index in self.foreign}
+        self.end()
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        storage = x.untyped_storage()
+        self._memory.append((storage.resize_, storage.nbytes()))
+        return x
+
+    def _make_slots(self, kind: Kind, count: int) -> Tensors:
+        """``[count, ...]`` shards per field that travels, in one piece of memory if all are alike."""
+        shapes = []
+        for number, dim in self.travels[kind]:
+            shape, dtype = self._shapes[number]
+            shapes.append(([count, *shape[:dim], self.program.shard, *shape[dim + 1 :]], dtype))
+        (shape, dtype), fields = shapes[0], len(shapes)
+        if shapes == fields * shapes[:1]:
+            return self._allocate([fields, *shape], dtype).unbind()
+        return [self._allocate(*shape) for shape in shapes]
+
+    def _make_own_view(self, index: int) -> None:
+        """Of slots, with their number as first dimension if there are several, or of the scratch."""
+        local, kind, slot, start, length, slots = self.program.views[index]
+        if slot is None:
+            numbers = [number - len(self._shapes) + len(self._scratch) for number, _ in self.own[kind]]
+            if min(numbers) < 0:
+                return
+            parts = [(self._scratch[number], dim) for number, (_, dim) in zip(numbers, self.own[kind])]
+        else:
+            parts = [
+                (x[slot], dim) if slots == 1 else (x[slot : slot + slots], dim + 1)
+                for x, (_, dim) in zip(self._slots[local, kind], self.travels[kind])
+            ]
+        self.views[index] = [x if length == x.shape[dim] else x.narrow(dim, start, length) for x, dim in parts]
+
+    def _how_to_cut(self, index: int) -> list[tuple[int, tuple[int, int, int] | None]]:
+        """Numbers of tensors, and what to narrow them to."""
+        _, kind, _, start, length, _ = self.program.views[index]
+        return [(n, None if length == self._shapes[n][0][dim] else (dim, start, length)) for n, dim in self.own[kind]]
+
+    def begin(self, given: Tensors) -> list[torch.Tensor]:
+        """What is returned, not filled yet."""
+        for resize, size in self._memory:
+            resize(size)
+        returned = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._returned]
+        self.tensors = [*given, *returned, *self._scratch]
+        return returned
+
+    def end(self) -> None:
+        """Let go of what was given and returned and of the memory: what is behind this on the stream may use it."""
+        for index in self.foreign:
+            self.views[index] = None
+        self.tensors = []
+        for resize, _ in self._memory:
+            resize(0)
+
+    def view(self, index: int) -> Tensors:
+        pieces = self.views[index]
+        if pieces is None:
+            tensors = self.tensors
+            pieces = [tensors[n] if cut is None else tensors[n].narrow(*cut) for n, cut in self._cuts[index]]
+            self.views[index] = pieces
+        return pieces
+
+    def _bases(self) -> list[torch.Tensor]:
+        return [*self.tensors, *[x for stacks in self._slots.values() for x in stacks]]
+
+    def addresses(self) -> list[int]:
+        """Of the bases; the last one, number -1, for what stays where it is."""
+        return [*[x.data_ptr() for x in self._bases()], 0]
+
+    def locate(self, index: int, tape: Tape) -> None:
+        """Tell a tape that records of which bases a view's tensors are pieces."""
+        local, kind, slot, *_ = self.program.views[index]
+        starts = [self.tensors[n] for n, _ in self.own[kind]] if slot is None else self._slots[local, kind]
+        numbers = {id(x): number for number, x in enumerate(self._bases())}
+        for x, start in zip(self.view(index), starts):
+            tape.locate(x, numbers[id(start)], start)
