@@ -187,7 +187,7 @@ class Forward(Pass):
 
 
 class Backward(Pass):
-    """Tensors: q, k, v, dout, lse, delta; the gradient of q; dk and dv, of which there may be accumulators; that of dq."""
+    """Tensors: q, k, v, dout, lse, delta; the gradient of q; dk and dv or their accumulators; that of q."""
 
     def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors):
         q, k, v, *_ = given

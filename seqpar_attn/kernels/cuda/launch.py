@@ -94,15 +94,34 @@ def launch(
 
 
 class _Replay:
-    """A call as a tape keeps it."""
+    """A call as a tape keeps it: with a struct of its own, for one thread plays a tape at a time."""
 
-    __slots__ = ("device", "places", "plan")
+    __slots__ = ("counters", "device", "function", "moving", "struct", "words")
 
-    def __init__(self, plan: Plan, device: int, places: list[Place]) -> None:
-        self.plan, self.device, self.places = plan, device, places
+    def __init__(self, plan: Plan, device: int, places: Sequence[Place]) -> None:
+        self.function, self.device = plan.function, device
+        self.words = type(plan.words).from_buffer_copy(plan.words)
+        self.struct = ctypes.addressof(self.words)
+        self.moving = []
+        """(word, base, bytes after its start) of the addresses that change."""
+        for slot, (base, offset) in zip(plan.slots, places):
+            if base < 0:
+                self.words[slot] = offset
+            else:
+                self.moving.append((slot, base, offset))
+        self.counters = () if plan.counter is None else (plan.counter, plan.counters)
 
     def __call__(self, addresses: Sequence[int]) -> None:
-        _call(self.plan, self.device, [addresses[base] + offset for base, offset in self.places])
+        words, device = self.words, self.device
+        for slot, base, offset in self.moving:
+            words[slot] = addresses[base] + offset
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if self.counters:
+            slot, count = self.counters
+            words[slot] = _zeroed(device, stream, count)
+        code = self.function(self.struct, stream)
+        if code:
+            raise _error(code)
 
 
 def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
@@ -114,7 +133,11 @@ def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
         words[plan.counter] = _zeroed(device, stream, plan.counters)
     code = plan.function(words, stream)
     if code:
-        raise RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+        raise _error(code)
+
+
+def _error(code: int) -> RuntimeError:
+    return RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}
