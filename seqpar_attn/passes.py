@@ -17,7 +17,7 @@ from .comm import Communicator, Message
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
-from .pieces import Field, Pieces, Shape, Tensors
+from .pieces import Field, Pieces, Shape, Tensors, joined
 from .plan import Plan
 from .program import Add, Compute, Moment, Program
 from .schedule import Kind
@@ -86,15 +86,15 @@ class Pass:
             self._tape.finish()
         self.pieces.end()
 
-    def launch(self, number: int, function: Callable[..., None], *arguments: Any) -> None:
-        """Call ``function`` or, if the tape knows what it launched when it recorded call ``number``, launch that."""
+    def launch(self, part: Hashable, function: Callable[..., None], *arguments: Any) -> None:
+        """Call ``function`` or, if the tape knows what it launches, launch that."""
         tape = self._tape
         if tape is None:
             function(*arguments)
         elif not tape.complete:
-            with tape.recording_call():
+            with tape.recording(part):
                 function(*arguments)
-        elif not tape.replay(number, self._addresses):
+        elif not tape.replay(part, self._addresses):
             function(*arguments)
 
     def _work(self, moment: Moment) -> None:
@@ -118,12 +118,15 @@ class Pass:
         if tape is not None:
             tape.append(blank)
 
-    def view(self, index: int) -> Tensors:
-        """For the kernel."""
+    def view(self, index: int, join: bool = False) -> Tensors:
+        """For the kernel; ``join``: its fields as one tensor."""
+        tensors = self.pieces.view(index)
+        if join:
+            tensors = [joined(tensors)]
         tape = recording()
         if tape is not None:
-            self.pieces.locate(index, tape)
-        return self.pieces.view(index)
+            self.pieces.locate(index, tensors, tape)
+        return tensors
 
     def mask(self, compute: Compute) -> BlockMask:
         mask = self.plan.block_mask(compute.task, self.pieces.device)
@@ -187,7 +190,7 @@ class Forward(Pass):
 
 
 class Backward(Pass):
-    """Tensors: q, k, v, dout, lse, delta; the gradient of q; dk and dv or their accumulators; that of q."""
+    """Tensors: q, k, v, dout, lse, out; the gradient of q; dk and dv or their accumulators; that of dq; delta."""
 
     def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors):
         q, k, v, *_ = given
@@ -196,36 +199,53 @@ class Backward(Pass):
         """Whether dk and dv are accumulators."""
         keys: list[Shape] = [(x.shape, dtype if self._round else k.dtype) for x in (k, v)]
         returned: list[Shape] = [(q.shape, q.dtype), *([] if self._round else keys)]
-        scratch: list[Shape] = [*(keys if self._round else []), (q.shape, dtype)]
+        batch, seqlen, nheads, _ = q.shape
+        scratch: list[Shape] = [*(keys if self._round else []), (q.shape, dtype), ((batch, nheads, seqlen), dtype)]
         own = {
-            Kind.QUERY: (Field(0, 1), Field(3, 1), Field(4, 2), Field(5, 2)),
+            Kind.QUERY: (Field(0, 1), Field(3, 1), Field(4, 2), Field(10, 2)),
             Kind.KV: (Field(1, 1), Field(2, 1)),
             Kind.DQ: (Field(9, 1),),
             Kind.DKV: (Field(7, 1), Field(8, 1)),
         }
         super().__init__(plan, program, kernel, call, Pieces(program, given, returned, scratch, own, own))
 
-    def play(self, comm: Communicator, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(dq, dk, dv)`` of ``q, k, v, dout, lse, delta``, in the input dtype."""
+    def play(
+        self, comm: Communicator, dlse: torch.Tensor | None, *given: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(dq, dk, dv)`` of ``q, k, v, dout, lse, out``, in the input dtype."""
         with on_device_of(given[0]):
             self.begin(given)
+            self.launch("delta", self._delta)
+            grad, dk, dv, _, delta = self.pieces.tensors[6:]
+            if dlse is not None:
+                delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
             self.run(comm)
-            grad, dk, dv, dq = self.pieces.tensors[6:]
-            self.launch(len(self._moments), self._finish, dq, grad)
+            self.launch("finish", self._finish)
             if self._round:
                 dk, dv = dk.to(given[1].dtype), dv.to(given[2].dtype)
             self.end()
         return grad, dk, dv
 
-    def _finish(self, dq: torch.Tensor, grad: torch.Tensor) -> None:
-        tape = recording()
+    def _whole(self, *numbers: int) -> Tensors:
+        """Tensors by their numbers, for the kernel."""
+        tensors, tape = [self.pieces.tensors[number] for number in numbers], recording()
         if tape is not None:
-            for x, number in ((grad, 6), (dq, 9)):
+            for x, number in zip(tensors, numbers):
                 tape.locate(x, number, x)
+        return tensors
+
+    def _delta(self) -> None:
+        out, dout, delta = self._whole(5, 3, 10)
+        self.kernel.delta(out, dout, into=delta)
+
+    def _finish(self) -> None:
+        dq, grad = self._whole(9, 6)
         self.kernel.finish_dq(dq, grad, self.call.softmax_scale)
 
     def add(self, add: Add) -> None:
-        for x, part in zip(self.view(add.own), self.view(add.part)):
+        # One launch for dk and dv where they lie next to each other.
+        join = self._round and add.kind is Kind.DKV
+        for x, part in zip(self.view(add.own, join), self.view(add.part, join)):
             self.kernel.accumulate(x, part)
 
     def compute(self, compute: Compute) -> None:
@@ -330,14 +350,11 @@ def backward_pass(
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
     program = plan.program(True, comm.local_ranks)
-    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse))
-    delta = kernel.delta(out, given[3])
-    if dlse is not None:
-        delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
+    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out))
     try:
         played: Backward = shelf.pop()
     except IndexError:
-        played = Backward(plan, program, kernel, call, (*given, delta))
-    result = played.play(comm, *given, delta)
+        played = Backward(plan, program, kernel, call, given)
+    result = played.play(comm, dlse, *given)
     shelf.append(played)
     return result

@@ -7,6 +7,7 @@ memory comes and goes, through torch's allocator, so under its rules for streams
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,17 @@ Tensors = Sequence[torch.Tensor]
 Shape = tuple[Sequence[int], torch.dtype]
 
 
+def joined(tensors: Tensors) -> torch.Tensor:
+    """Fields ``[..., b, s, h, d]`` that lie next to each other as one tensor ``[..., fields * b, s, h, d]``."""
+    first, second, *_ = tensors
+    shape, strides = list(first.shape), list(first.stride())
+    apart = second.storage_offset() - first.storage_offset()
+    assert shape[-4] in (1, apart / strides[-4]), "the fields are not like further batches of the first"
+    strides[-4] = apart // shape[-4]
+    shape[-4] *= len(tensors)
+    return first.as_strided(shape, strides)
+
+
 class Field(NamedTuple):
     """A tensor by its number, and its sequence dimension."""
 
@@ -27,7 +39,8 @@ class Field(NamedTuple):
 
 
 class Pieces:
-    """Tensors are numbered: those that are given, those that are returned (both new every time), then the scratch.
+    """Tensors are numbered: those that are given, those that are returned (both new every time), then the scratch, of
+    which neighbours that are alike lie next to each other.
 
     ``own[kind]``: which have the shards of the local ranks one after the other; ``travels[kind]``: those of them for
     which there are slots. Used by one pass at a time, between ``begin`` and ``end``.
@@ -54,7 +67,7 @@ class Pieces:
         self._shapes = [*((x.shape, x.dtype) for x in given), *returned, *scratch]
         # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
         with torch.inference_mode(False), torch.no_grad():
-            self._scratch = [self._allocate(*shape) for shape in scratch]
+            self._scratch = [x for shape, same in groupby(scratch) for x in self._allocate(len([*same]), *shape)]
             self._slots = {key: self._make_slots(key[1], count) for key, count in program.slots.items()}
             for index in range(len(program.views)):
                 self._make_own_view(index)
@@ -62,22 +75,23 @@ class Pieces:
         self._cuts = {index: self._how_to_cut(index) for index in self.foreign}
         self.end()
 
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        x = torch.empty(shape, dtype=dtype, device=self.device)
+    def _allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
+        x = torch.empty([count, *shape], dtype=dtype, device=self.device)
         storage = x.untyped_storage()
         self._memory.append((storage.resize_, storage.nbytes()))
-        return x
+        return x.unbind()
 
     def _make_slots(self, kind: Kind, count: int) -> Tensors:
-        """``[count, ...]`` shards per field that travels, in one piece of memory if all are alike."""
+        """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
         shapes = []
         for number, dim in self.travels[kind]:
             shape, dtype = self._shapes[number]
-            shapes.append(([count, *shape[:dim], self.program.shard, *shape[dim + 1 :]], dtype))
+            shapes.append(([*shape[:dim], self.program.shard, *shape[dim + 1 :]], dtype))
         (shape, dtype), fields = shapes[0], len(shapes)
         if shapes == fields * shapes[:1]:
-            return self._allocate([fields, *shape], dtype).unbind()
-        return [self._allocate(*shape) for shape in shapes]
+            (together,) = self._allocate(1, [count, fields, *shape], dtype)
+            return together.unbind(1)
+        return [x for shape, dtype in shapes for x in self._allocate(1, [count, *shape], dtype)]
 
     def _make_own_view(self, index: int) -> None:
         """Of slots, with their number as first dimension if there are several, or of the scratch."""
@@ -130,10 +144,10 @@ class Pieces:
         """Of the bases; the last one, number -1, for what stays where it is."""
         return [*[x.data_ptr() for x in self._bases()], 0]
 
-    def locate(self, index: int, tape: Tape) -> None:
-        """Tell a tape that records of which bases a view's tensors are pieces."""
+    def locate(self, index: int, tensors: Tensors, tape: Tape) -> None:
+        """Tell a tape that records of which bases these, pieces of a view's tensors, are pieces."""
         local, kind, slot, *_ = self.program.views[index]
         starts = [self.tensors[n] for n, _ in self.own[kind]] if slot is None else self._slots[local, kind]
         numbers = {id(x): number for number, x in enumerate(self._bases())}
-        for x, start in zip(self.view(index), starts):
+        for x, start in zip(tensors, starts):
             tape.locate(x, numbers[id(start)], start)
