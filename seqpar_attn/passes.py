@@ -7,7 +7,6 @@ says so (:mod:`.kernels.tape`). What is left per step is to post messages and to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -28,9 +27,6 @@ Rows = Sequence[Sequence[tuple[int, int]]]
 
 _BLANK = {Kind.OUT: (0.0, float("-inf")), Kind.DQ: (0.0,), Kind.DKV: (0.0, 0.0)}
 """What makes a new accumulator one that can be carried, per field."""
-
-_new_message = functools.partial(tuple.__new__, Message)
-"""``Message``, without a Python function in between: there are dozens in a pass."""
 
 
 class Pass:
@@ -57,7 +53,7 @@ class Pass:
 
     def _messages(self, rows: Rows) -> list[list[Message]]:
         views = self.pieces.views
-        return [[_new_message((peer, x)) for peer, view in row for x in cast(Tensors, views[view])] for row in rows]
+        return [[(peer, x) for peer, view in row for x in cast(Tensors, views[view])] for row in rows]
 
     def begin(self, given: Tensors) -> list[torch.Tensor]:
         """What is returned, not filled yet."""

@@ -140,7 +140,8 @@ def _error(code: int) -> RuntimeError:
     return RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[int, int], tuple[torch.Tensor, int, int]] = {}
+"""Per device and stream: ints, how many, and their address."""
 
 
 def _zeroed(device: int, stream: int, count: int) -> int:
@@ -150,7 +151,8 @@ def _zeroed(device: int, stream: int, count: int) -> int:
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
     known = _counters.get((device, stream))
-    if known is None or known.numel() < count:
+    if known is None or known[1] < count:
         size = max(count, 1024)
-        known = _counters[device, stream] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
-    return known.data_ptr()
+        ints = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        known = _counters[device, stream] = (ints, size, ints.data_ptr())
+    return known[2]
