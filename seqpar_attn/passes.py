@@ -57,9 +57,12 @@ class Pass:
 
     def begin(self, given: Tensors) -> list[torch.Tensor]:
         """What is returned, not filled yet."""
+        if self._tape is None:
+            return self.pieces.begin(given)
+        if not self._tape.complete:
+            given = [x.detach() for x in given]  # which is which, even if one tensor is given twice
         returned = self.pieces.begin(given)
-        if self._tape is not None:
-            self._addresses = self.pieces.addresses()
+        self._addresses = self.pieces.addresses()
         return returned
 
     def run(self, comm: Communicator) -> None:

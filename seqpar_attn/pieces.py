@@ -68,7 +68,13 @@ class Pieces:
         # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
         with torch.inference_mode(False), torch.no_grad():
             self._scratch = [x for shape, same in groupby(scratch) for x in self._allocate(len([*same]), *shape)]
-            self._slots = {key: self._make_slots(key[1], count) for key, count in program.slots.items()}
+            self._slots: dict[tuple[int, Kind], Tensors] = {}
+            self._first_base: dict[tuple[int, Kind], int] = {}
+            number = len(self._shapes)
+            for key, count in program.slots.items():
+                self._slots[key] = self._make_slots(key[1], count)
+                self._first_base[key] = number
+                number += len(self._slots[key])
             for index in range(len(program.views)):
                 self._make_own_view(index)
         self.foreign = [index for index, pieces in enumerate(self.views) if pieces is None]
@@ -147,7 +153,9 @@ class Pieces:
     def locate(self, index: int, tensors: Tensors, tape: Tape) -> None:
         """Tell a tape that records of which bases these, pieces of a view's tensors, are pieces."""
         local, kind, slot, *_ = self.program.views[index]
-        starts = [self.tensors[n] for n, _ in self.own[kind]] if slot is None else self._slots[local, kind]
-        numbers = {id(x): number for number, x in enumerate(self._bases())}
-        for x, start in zip(tensors, starts):
-            tape.locate(x, numbers[id(start)], start)
+        if slot is None:
+            for x, (number, _) in zip(tensors, self.own[kind]):
+                tape.locate(x, number, self.tensors[number])
+            return
+        for number, (x, start) in enumerate(zip(tensors, self._slots[local, kind]), self._first_base[local, kind]):
+            tape.locate(x, number, start)

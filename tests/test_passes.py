@@ -84,6 +84,15 @@ def test_made_in_inference_mode_played_outside(kernel):
         assert equal(_passes(used, plan, CALL, 4, inputs), expected)
 
 
+def test_one_tensor_given_twice_and_then_two():
+    """That q, k and v are one tensor is no part of the geometry that a recording is for."""
+    plan, kernel = plan_of(), Recorded()
+    first, *others = (torch.randn(2, 96, 4, 16, dtype=torch.float64) for _ in range(5))
+    for inputs in ([first] * 4, others):
+        assert equal(_passes(kernel, plan, CALL, 4, inputs), _passes(ReferenceKernel(), plan, CALL, 4, inputs))
+    assert kernel.replayed > 0
+
+
 class Breaks(Loopback):
     """A group that a rank leaves in the second exchange."""
 
