@@ -84,7 +84,7 @@ def test_a_call_hands_over_geometry_and_addresses(monkeypatch) -> None:
 
     counter = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(LAUNCH, "load", lambda: Library)
-    monkeypatch.setattr(LAUNCH, "_zeroed", lambda device, stream, count: counter.data_ptr())
+    monkeypatch.setattr(LAUNCH, "_zeroed", lambda device, stream, plan: counter.data_ptr())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     monkeypatch.setattr(LAUNCH, "_plans", {})
     batch, seqlen, heads, heads_kv, headdim, parts = 2, 12, 4, 2, 16, 3

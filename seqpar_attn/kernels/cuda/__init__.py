@@ -167,9 +167,11 @@ class CudaKernel(PlainKernel):
         with on_device_of(q):
             launch("backward", options, arrays, plan)
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         batch, seqlen, nheads, headdim = out.shape
-        delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
+        delta = into
+        if delta is None:
+            delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
         if out.numel() == 0:
             return delta
 

@@ -95,15 +95,34 @@ def launch(
 
 
 class _Replay:
-    """A call as a tape keeps it."""
+    """A call as a tape keeps it: with a struct of its own, for one thread plays a tape at a time."""
 
-    __slots__ = ("device", "places", "plan")
+    __slots__ = ("device", "function", "moving", "plan", "struct", "words")
 
-    def __init__(self, plan: Plan, device: int, places: list[Place]) -> None:
-        self.plan, self.device, self.places = plan, device, places
+    def __init__(self, plan: Plan, device: int, places: Sequence[Place]) -> None:
+        self.function, self.device = plan.function, device
+        self.words = type(plan.words).from_buffer_copy(plan.words)
+        self.struct = ctypes.addressof(self.words)
+        self.moving = []
+        """(word, base, bytes after its start) of the addresses that change."""
+        for slot, (base, offset) in zip(plan.slots, places):
+            if base < 0:
+                self.words[slot] = offset
+            else:
+                self.moving.append((slot, base, offset))
+        self.plan = plan
 
     def __call__(self, addresses: Sequence[int]) -> None:
-        _call(self.plan, self.device, [addresses[base] + offset for base, offset in self.places])
+        words, device = self.words, self.device
+        for slot, base, offset in self.moving:
+            words[slot] = addresses[base] + offset
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        plan = self.plan
+        if plan.counter is not None:
+            words[plan.counter] = _zeroed(device, stream, plan)
+        code = self.function(self.struct, stream)
+        if code:
+            raise _error(code)
 
 
 def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
@@ -115,10 +134,15 @@ def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
         words[plan.counter] = _zeroed(device, stream, plan)
     code = plan.function(words, stream)
     if code:
-        raise RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+        raise _error(code)
 
 
-_counters: dict[tuple[int, int, str], torch.Tensor] = {}
+def _error(code: int) -> RuntimeError:
+    return RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+
+
+_counters: dict[tuple[int, int, str], tuple[torch.Tensor, int, int]] = {}
+"""Per device, stream and function: ints, how many, and their address."""
 
 
 def _zeroed(device: int, stream: int, plan: Plan) -> int:
@@ -129,8 +153,8 @@ def _zeroed(device: int, stream: int, plan: Plan) -> int:
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
     known = _counters.get((device, stream, plan.name))
-    if known is None or known.numel() < count:
+    if known is None or known[1] < count:
         size = max(count, 1024)
-        known = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
-        _counters[device, stream, plan.name] = known
-    return known.data_ptr()
+        ints = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        known = _counters[device, stream, plan.name] = (ints, size, ints.data_ptr())
+    return known[2]
