@@ -31,7 +31,7 @@ class Plan:
     """Which words are the addresses of the arrays, in their order."""
     counter: int | None
     """The word for the address of zeroed ints, and"""
-    counters: int = 2
+    counters: int = 0
     """how many of them."""
 
 
@@ -46,15 +46,19 @@ def strides(x: torch.Tensor | None) -> Strides:
     return Strides(part[0] if part else 0, batch, seq, head)
 
 
-def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: int = 0) -> Plan:
-    """``fields``: those of the arrays' addresses; a dot leads into a nested struct."""
-    function = getattr(load(), f"seqpar_attn_{name}")
+def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: bool = False) -> Plan:
+    """``fields``: those of the arrays' addresses; a dot leads into a nested struct. ``counters``: whether there are
+    any, as many as the library says."""
+    library = load()
+    function = getattr(library, f"seqpar_attn_{name}")
     count = ctypes.sizeof(struct) // 8
     assert ctypes.sizeof(struct) == 8 * count
     words = (ctypes.c_uint64 * count).from_buffer_copy(struct)
     slots = tuple(_word(type(struct), field) for field in fields)
-    counter = _word(type(struct), "counter") if counters else None
-    return Plan(name, function, words, slots, counter, counters)
+    if not counters:
+        return Plan(name, function, words, slots, None)
+    most = getattr(library, f"seqpar_attn_{name}_counters")(ctypes.byref(struct))
+    return Plan(name, function, words, slots, _word(type(struct), "counter"), most)
 
 
 def _word(struct: Any, field: str) -> int:
