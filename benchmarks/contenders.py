@@ -78,8 +78,9 @@ class Entry(NamedTuple):
     backward: Contender
 
 
-def own(kernel: Kernel, shape: Shape, data: list[Data]) -> Entry:
-    scale, mask = shape.headdim**-0.5, shape.block_mask
+def own(kernel: Kernel, shape: Shape, data: list[Data], mask: BlockMask | None = None) -> Entry:
+    """``mask``: another than the shape's."""
+    scale, mask = shape.headdim**-0.5, mask or shape.block_mask
     saved = []
     for x in data:
         lse = torch.empty(shape.batch, shape.nheads, shape.seqlen, device=x.q.device)

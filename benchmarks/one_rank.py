@@ -13,9 +13,9 @@ import common  # noqa: F401  (first: finds the checkout)
 import torch
 
 from seqpar_attn import kernels
-from seqpar_attn.autograd import backward_pass, forward_pass
 from seqpar_attn.comm.base import Message
 from seqpar_attn.mask import Mask
+from seqpar_attn.passes import backward_pass, forward_pass
 from seqpar_attn.plan import make_plan
 from seqpar_attn.schedule import Kind
 from seqpar_attn.validation import Call

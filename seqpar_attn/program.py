@@ -5,8 +5,8 @@ Host time per step matters (no kernel may wait for Python), so all look-ups of c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 from .schedule import Block, Kind, Merge, Result, Schedule, Task, Transfer, consecutive
 
@@ -78,6 +78,8 @@ class Program:
 
     def __init__(self, schedule: Schedule, local_ranks: Sequence[int]):
         self.schedule = schedule
+        self.passes: dict[Hashable, list[Any]] = {}
+        """Those that have been made (see :mod:`.passes`) and are not being played."""
         self.shard = sum(span.length for span in schedule.spans[0])
         self.views: list[View] = []
         self._index: dict[View, int] = {}

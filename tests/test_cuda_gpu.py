@@ -62,6 +62,27 @@ def test_headdim(headdim: int, dtype: torch.dtype, mask: str) -> None:
     check(KERNEL, case, dtype, "cuda", times=2)
 
 
+LONG = [
+    # Forward tiles cut along keys, whose pieces are put together again.
+    Case("cut", 700, 3000),
+    Case("cut-packed", 331, 2500, nheads=4, nheads_kv=2, batch=2),
+    Case("cut-packed-mqa", 65, 5000, nheads=3, nheads_kv=1, strided=True),
+    Case("cut-parts", 331, 1333, nheads=4, nheads_kv=2, parts=2),
+    Case("cut-parts-softcap", 200, 2100, parts=3, softcap=2.0),
+    # Backward in more than one wave, of which every other one walks the other way, and in groups of heads.
+    Case("waves", 2500, 2500, "causal", nheads=16, nheads_kv=8),
+    Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
+    Case("groups", 64, 2100, "causal", offset=1500, nheads=264, nheads_kv=264, batch=2),
+    Case("groups-grouped-query", 64, 4300, "causal", offset=4236, nheads=264, nheads_kv=132),
+]
+
+
+@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long(case: Case, headdim: int) -> None:
+    check(KERNEL, dataclasses.replace(case, headdim=headdim), torch.bfloat16, "cuda", times=2)
+
+
 @pytest.mark.parametrize("strided", [False, True], ids=["plain", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_merge(dtype: torch.dtype, strided: bool) -> None:

@@ -82,9 +82,13 @@ def test_a_call_hands_over_geometry_and_addresses(monkeypatch) -> None:
             seen.append((structs.Forward.from_buffer_copy(words), stream))
             return 0
 
+        @staticmethod
+        def seqpar_attn_forward_counters(struct):
+            return 7
+
     counter = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(LAUNCH, "load", lambda: Library)
-    monkeypatch.setattr(LAUNCH, "_zeroed", lambda device, stream, count: counter.data_ptr())
+    monkeypatch.setattr(LAUNCH, "_zeroed", lambda device, stream, plan: counter.data_ptr())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     monkeypatch.setattr(LAUNCH, "_plans", {})
     batch, seqlen, heads, heads_kv, headdim, parts = 2, 12, 4, 2, 16, 3
@@ -93,7 +97,7 @@ def test_a_call_hands_over_geometry_and_addresses(monkeypatch) -> None:
         k, v = torch.zeros(2, parts, batch, 5, heads_kv, headdim, dtype=torch.bfloat16).unbind()
         lse, out = torch.zeros(batch, heads, seqlen), torch.empty_like(q)
         CudaKernel().forward(q, k, v, lse, None, out, FULL, softmax_scale=0.5, softcap=None, carry=False)
-        assert len(LAUNCH._plans) == 1
+        assert [plan.counters for plan in LAUNCH._plans.values()] == [7]
         got, stream = seen[number]
         assert stream == 77
         x = got.problem

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-
-class Message(NamedTuple):
-    """A tensor to send to, or to fill with what comes from, ``peer`` (a rank of the group)."""
-
-    peer: int
-    tensor: torch.Tensor
+Message = tuple[int, torch.Tensor]
+"""A peer (a rank of the group), and a tensor to send to it or to fill with what comes from it. There are dozens in a
+pass, so they are plain tuples."""
 
 
 class Handle(Protocol):

@@ -55,12 +55,10 @@ class Loopback:
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Done | _Event:
         sent: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
         for rank, messages in enumerate(sends):
-            for message in messages:
-                sent[rank, message.peer].append(message.tensor)
+            for peer, tensor in messages:
+                sent[rank, peer].append(tensor)
         copies = [
-            (message.tensor, sent[message.peer, rank].popleft())
-            for rank, messages in enumerate(receives)
-            for message in messages
+            (tensor, sent[peer, rank].popleft()) for rank, messages in enumerate(receives) for peer, tensor in messages
         ]
         assert not any(sent.values()), "a message was sent that nobody receives"
         if not copies or not copies[0][0].is_cuda:

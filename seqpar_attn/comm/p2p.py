@@ -22,7 +22,7 @@ class _Pending:
     def __init__(
         self,
         rank: int,
-        peers: list[int],
+        peers: set[int],
         works: list[dist.Work],
         tensors: list[torch.Tensor],
         unpack: list[tuple[torch.Tensor, torch.Tensor]],
@@ -34,7 +34,7 @@ class _Pending:
             for work in self.works:
                 work.wait()
         except RuntimeError as cause:
-            raise CommunicationError(f"rank {self.rank}: exchange with ranks {self.peers} failed: {cause}") from cause
+            raise _failed(self.rank, self.peers, cause) from cause
         for target, buffer in self.unpack:
             target.copy_(buffer)
         self.works, self.tensors, self.unpack = [], [], []
@@ -49,7 +49,6 @@ class P2P:
         self.group, self.device = group, device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.local_ranks: tuple[int, ...] = (self.rank,)
-        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
         try:
             self.backend = group._get_backend(torch.device(device.type))
         except RuntimeError as cause:
@@ -58,6 +57,8 @@ class P2P:
             ) from cause
         if device.type == "cuda" and self.backend.name() == "gloo":
             raise ValueError("expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer")
+        # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
+        self._coalesces = type(group) is dist.ProcessGroup and self.backend.supports_coalescing
         options = getattr(self.backend, "options", None)
         timeout = getattr(options, "_timeout", None) or timedelta(minutes=30)
         self._handshake = Handshake(
@@ -78,28 +79,39 @@ class P2P:
             self._connected = True
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Pending:
-        operations, peers, unpack = [], [], []
-        for peer, tensor in sends[0]:
-            operations.append(dist.P2POp(dist.isend, tensor.contiguous(), self._peers[peer], self.group))
-            peers.append(peer)
+        unpack = []
+        outgoing = [(peer, tensor.contiguous()) for peer, tensor in sends[0]]
+        incoming = []
         for peer, tensor in receives[0]:
             buffer = tensor
             if not tensor.is_contiguous():
                 buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 unpack.append((tensor, buffer))
-            operations.append(dist.P2POp(dist.irecv, buffer, self._peers[peer], self.group))
-            peers.append(peer)
-        _number_messages(operations)
+            incoming.append((peer, buffer))
+        peers = {peer for peer, _ in (*outgoing, *incoming)}
         try:
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = self._post(outgoing, incoming) if peers else []
         except RuntimeError as cause:
-            raise CommunicationError(f"rank {self.rank}: exchange with ranks {peers} failed: {cause}") from cause
-        return _Pending(self.rank, sorted(set(peers)), works, [op.tensor for op in operations], unpack)
+            raise _failed(self.rank, peers, cause) from cause
+        return _Pending(self.rank, peers, works, [tensor for _, tensor in (*outgoing, *incoming)], unpack)
+
+    def _post(
+        self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]
+    ) -> list[dist.Work]:
+        """Tags count the messages between two ranks, so that gloo matches them in order whatever its threads do."""
+        works = []
+        if self._coalesces:
+            self.group._start_coalescing(self.device)
+        for post, messages in ((self.group.send, outgoing), (self.group.recv, incoming)):
+            counts: dict[int, int] = {}
+            for peer, tensor in messages:
+                tag = counts.get(peer, 0)
+                counts[peer] = tag + 1
+                works.append(post([tensor], peer, tag))
+        if self._coalesces:
+            return [self.group._end_coalescing(self.device)]  # one work for all
+        return works
 
 
-def _number_messages(operations: list[dist.P2POp]) -> None:
-    """Tags count the messages between two ranks, so that gloo matches them in order whatever its threads do."""
-    counts: dict[tuple[object, int], int] = {}
-    for operation in operations:
-        key = (operation.op, operation.peer)
-        operation.tag = counts[key] = counts.get(key, -1) + 1
+def _failed(rank: int, peers: set[int], cause: Exception) -> CommunicationError:
+    return CommunicationError(f"rank {rank}: exchange with ranks {sorted(peers)} failed: {cause}")

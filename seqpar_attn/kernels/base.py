@@ -75,7 +75,8 @@ class Kernel(Protocol):
 
     @property
     def recordable(self) -> bool:
-        """Whether all that ``forward, backward, merge, accumulate`` do are launches that a tape can be told of."""
+        """Whether all that ``forward, backward, merge, accumulate`` do are launches that a tape can be told of, and
+        ``delta, finish_dq`` each do nothing else, or tell it nothing."""
         ...
 
     def unavailable(self) -> str | None:
@@ -149,8 +150,9 @@ class Kernel(Protocol):
         """The backend was asked for by name: make available what can be made, such as a library to be compiled."""
         ...
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        """``rowsum(dout * out)``: ``[batch, nheads, seqlen_q]`` in the accumulator dtype, contiguous."""
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """``rowsum(dout * out)``: ``[batch, nheads, seqlen_q]`` in the accumulator dtype, contiguous; in ``into``, if
+        that is given."""
         ...
 
     def merge(
@@ -189,9 +191,10 @@ class PlainKernel:
         pass
 
 
-def delta_reference(out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+def delta_reference(out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     dtype = accumulator_dtype(out.dtype)
-    return (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+    delta = (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
+    return delta.contiguous() if into is None else into.copy_(delta)
 
 
 def forward_without_keys(

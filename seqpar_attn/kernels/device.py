@@ -18,8 +18,11 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device; make that the tensor's without paying for it when it already is."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(x.device)

@@ -246,8 +246,8 @@ class PartialKernel(PlainKernel):
             else:
                 _accumulate(target, block, keys, carry_dkv)
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        return delta_reference(out, dout)
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        return delta_reference(out, dout, into)
 
     def merge(
         self,

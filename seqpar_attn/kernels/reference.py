@@ -142,8 +142,8 @@ class ReferenceKernel(PlainKernel):
             else:
                 target.copy_(block)
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-        return delta_reference(out, dout)
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        return delta_reference(out, dout, into)
 
     def merge(
         self,

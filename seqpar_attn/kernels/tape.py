@@ -1,4 +1,4 @@
-"""Recording what a pass launches, so that the next pass with the same geometry launches it without looking again.
+"""Recording what a pass launches, so that when it is played again it launches it without looking again.
 
 Between two passes over a schedule with inputs of the same shapes and strides nothing changes but addresses. A backend
 that takes part (``Kernel.recordable``) hands every launch over as a function of those: host time per ring step is then
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
@@ -20,7 +20,7 @@ Launch = Callable[[Sequence[int]], None]
 
 
 class Tape:
-    """The launches of one pass, one list per call of a kernel's method.
+    """The launches of one pass, in parts that have names. Replayed by one thread at a time.
 
     All that a launch touches must lie in one of the bases, the tensors that differ from pass to pass (``locate``), or
     outlive the tape (``hold``).
@@ -28,7 +28,8 @@ class Tape:
 
     def __init__(self) -> None:
         self.complete = False
-        self._calls: list[list[Launch]] = []
+        self._parts: dict[Hashable, list[Launch]] = {}
+        self._part: list[Launch] = []
         self._held: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
 
@@ -50,12 +51,12 @@ class Tape:
         return self._places[id(tensor)]
 
     def append(self, launch: Launch) -> None:
-        self._calls[-1].append(launch)
+        self._part.append(launch)
 
     @contextlib.contextmanager
-    def recording_call(self) -> Iterator[None]:
-        """What is launched inside becomes the next call."""
-        self._calls.append([])
+    def recording(self, part: Hashable) -> Iterator[None]:
+        """What is launched inside becomes this part."""
+        self._part = self._parts[part] = []
         outer, _local.tape = _local.tape, self
         try:
             yield
@@ -66,9 +67,12 @@ class Tape:
         self.complete = True
         self._places.clear()  # they name tensors that are about to go
 
-    def replay(self, call: int, addresses: Sequence[int]) -> None:
-        for launch in self._calls[call]:
+    def replay(self, part: Hashable, addresses: Sequence[int]) -> bool:
+        """Whether there was anything to launch."""
+        launches = self._parts[part]
+        for launch in launches:
             launch(addresses)
+        return bool(launches)
 
 
 class _Local(threading.local):

@@ -115,7 +115,7 @@ class CudaKernel(PlainKernel):
                 out_strides=strides(out), lse_strides=_rows(lse),
             )  # fmt: skip
             fields = ("q", "k", "v", "lse", "out_acc", "out", "problem.key_lo", "problem.key_hi")
-            return make_plan("forward", struct, fields, load().seqpar_attn_forward_counters(ctypes.byref(struct)))
+            return make_plan("forward", struct, fields, counters=True)
 
         options = (mask.kind, mask.offset, softmax_scale, softcap, carry, keep, self._variant)
         with on_device_of(q):
@@ -158,8 +158,7 @@ class CudaKernel(PlainKernel):
             )  # fmt: skip
             fields = ("q", "k", "v", "dout", "lse", "delta", "dq", "dk", "dv")
             bounds = tuple(f"problem.{name}" for name in ("query_lo", "query_hi"))
-            counters = load().seqpar_attn_backward_counters(ctypes.byref(struct)) if deterministic else 0
-            return make_plan("backward", struct, fields + bounds, counters)
+            return make_plan("backward", struct, fields + bounds, counters=deterministic)
 
         arrays = (q, k, v, dout, lse, delta, dq, dk, dv, mask.query_lo, mask.query_hi)
         flags = (carry_dq, carry_dkv, deterministic, dk.dtype)
@@ -167,9 +166,11 @@ class CudaKernel(PlainKernel):
         with on_device_of(q):
             launch("backward", options, arrays, plan)
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         batch, seqlen, nheads, headdim = out.shape
-        delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
+        delta = into
+        if delta is None:
+            delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
         if out.numel() == 0:
             return delta
 

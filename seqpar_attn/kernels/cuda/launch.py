@@ -31,7 +31,7 @@ class Plan:
     """Which words are the addresses of the arrays, in their order."""
     counter: int | None
     """The word for the address of zeroed ints, and"""
-    counters: int = 2
+    counters: int = 0
     """how many of them."""
 
 
@@ -46,15 +46,19 @@ def strides(x: torch.Tensor | None) -> Strides:
     return Strides(part[0] if part else 0, batch, seq, head)
 
 
-def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: int = 0) -> Plan:
-    """``fields``: those of the arrays' addresses; a dot leads into a nested struct."""
-    function = getattr(load(), f"seqpar_attn_{name}")
+def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: bool = False) -> Plan:
+    """``fields``: those of the arrays' addresses; a dot leads into a nested struct. ``counters``: whether there are
+    any, as many as the library says."""
+    library = load()
+    function = getattr(library, f"seqpar_attn_{name}")
     count = ctypes.sizeof(struct) // 8
     assert ctypes.sizeof(struct) == 8 * count
     words = (ctypes.c_uint64 * count).from_buffer_copy(struct)
     slots = tuple(_word(type(struct), field) for field in fields)
-    counter = _word(type(struct), "counter") if counters else None
-    return Plan(name, function, words, slots, counter, counters)
+    if not counters:
+        return Plan(name, function, words, slots, None)
+    most = getattr(library, f"seqpar_attn_{name}_counters")(ctypes.byref(struct))
+    return Plan(name, function, words, slots, _word(type(struct), "counter"), most)
 
 
 def _word(struct: Any, field: str) -> int:
@@ -95,15 +99,34 @@ def launch(
 
 
 class _Replay:
-    """A call as a tape keeps it."""
+    """A call as a tape keeps it: with a struct of its own, for one thread plays a tape at a time."""
 
-    __slots__ = ("device", "places", "plan")
+    __slots__ = ("device", "function", "moving", "plan", "struct", "words")
 
-    def __init__(self, plan: Plan, device: int, places: list[Place]) -> None:
-        self.plan, self.device, self.places = plan, device, places
+    def __init__(self, plan: Plan, device: int, places: Sequence[Place]) -> None:
+        self.function, self.device = plan.function, device
+        self.words = type(plan.words).from_buffer_copy(plan.words)
+        self.struct = ctypes.addressof(self.words)
+        self.moving = []
+        """(word, base, bytes after its start) of the addresses that change."""
+        for slot, (base, offset) in zip(plan.slots, places):
+            if base < 0:
+                self.words[slot] = offset
+            else:
+                self.moving.append((slot, base, offset))
+        self.plan = plan
 
     def __call__(self, addresses: Sequence[int]) -> None:
-        _call(self.plan, self.device, [addresses[base] + offset for base, offset in self.places])
+        words, device = self.words, self.device
+        for slot, base, offset in self.moving:
+            words[slot] = addresses[base] + offset
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        plan = self.plan
+        if plan.counter is not None:
+            words[plan.counter] = _zeroed(device, stream, plan)
+        code = self.function(self.struct, stream)
+        if code:
+            raise _error(code)
 
 
 def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
@@ -115,10 +138,15 @@ def _call(plan: Plan, device: int, addresses: Sequence[int]) -> None:
         words[plan.counter] = _zeroed(device, stream, plan)
     code = plan.function(words, stream)
     if code:
-        raise RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+        raise _error(code)
 
 
-_counters: dict[tuple[int, int, str], torch.Tensor] = {}
+def _error(code: int) -> RuntimeError:
+    return RuntimeError(f"libseqpar_attn: {load().seqpar_attn_error(code).decode()} (code {code})")
+
+
+_counters: dict[tuple[int, int, str], tuple[torch.Tensor, int, int]] = {}
+"""Per device, stream and function: ints, how many, and their address."""
 
 
 def _zeroed(device: int, stream: int, plan: Plan) -> int:
@@ -129,7 +157,8 @@ def _zeroed(device: int, stream: int, plan: Plan) -> int:
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
     known = _counters.get((device, stream, plan.name))
-    if known is None or known.numel() < count:
+    if known is None or known[1] < count:
         size = max(count, 1024)
-        known = _counters[device, stream, plan.name] = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
-    return known.data_ptr()
+        ints = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
+        known = _counters[device, stream, plan.name] = (ints, size, ints.data_ptr())
+    return known[2]

@@ -138,9 +138,11 @@ class TritonKernel(PlainKernel):
             tile = self._choose("dq", *where)
             launchers.launch_dq(tile, q, k, v, dout, lse, delta, dq, mask, softmax_scale, softcap, carry_dq)
 
-    def delta(self, out: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         batch, seqlen, nheads, _ = out.shape
-        delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
+        delta = into
+        if delta is None:
+            delta = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(out.dtype), device=out.device)
         if out.numel() == 0:
             return delta
         launchers = _launchers()
