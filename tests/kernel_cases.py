@@ -248,9 +248,9 @@ def check_accumulate(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
         assert (whole.double() - expected).abs().max() < 1e-5 * parts
 
 
-def check_nan(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+def check_nan(kernel: Kernel, dtype: torch.dtype, device: str, headdim: int = 32) -> None:
     """A NaN in one query spoils that query's rows and nothing else."""
-    case = Case("nan", 40, 40, "causal")
+    case = Case("nan", 40, 40, "causal", headdim=headdim)
     q, k, v, *_ = _inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
     q[0, 17, 1, 5] = float("nan")
     lse = _poisoned_rows(case, torch.float32, device)
@@ -262,9 +262,9 @@ def check_nan(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
     assert torch.equal(lse.isnan(), spoiled.transpose(1, 2))
 
 
-def check_keep(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+def check_keep(kernel: Kernel, dtype: torch.dtype, device: str, headdim: int = 32) -> None:
     """A last block that need not keep its accumulator gives the same output, and only reads the carry."""
-    case = Case("keep", 40, 24, "full")
+    case = Case("keep", 40, 24, "full", headdim=headdim)
     q, k, v, *_ = _inputs(case, dtype, device, torch.Generator(device).manual_seed(1))
     scale = {"softmax_scale": 0.2, "softcap": None}
     acc, lse = torch.empty(q.shape, device=device), torch.empty(1, q.shape[2], 40, device=device)

@@ -24,7 +24,7 @@ def backend(request):
 
 
 def check(backend, seqlen, mask, method, world_size, dtype, **shape):
-    if backend == "cuda" and (dtype == torch.float32 or shape["headdim"] > 128):
+    if backend == "cuda" and dtype == torch.float32:
         pytest.skip("not served")
     x = make_inputs(seqlen, mask, dtype=dtype, device="cuda", **shape)
     single = run(x, ZIGZAG, 1, backend=backend)
@@ -101,7 +101,7 @@ def test_nothing_synchronises(backend):
 
 
 @pytest.mark.parametrize("mask", ["causal", "full", "softcap"])
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 128, 256])
 def test_runs_are_identical(backend, headdim, mask):
     """Asked to be deterministic, so any difference would be a race."""
     x = make_inputs(4096, mask, dtype=torch.bfloat16, device="cuda", headdim=headdim)

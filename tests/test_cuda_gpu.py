@@ -30,7 +30,7 @@ def served():
         missing = "expected compute capability 9.0"
     if missing:
         pytest.skip(missing)
-    assert KERNEL.refuses(torch.device("cuda", 0), torch.bfloat16, 128, frozenset(MaskKind), 2.0) is None
+    assert KERNEL.refuses(torch.device("cuda", 0), torch.bfloat16, 256, frozenset(MaskKind), 2.0) is None
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -49,7 +49,12 @@ def test_headdim_128(case: Case, kernel: CudaKernel) -> None:
     check(kernel, dataclasses.replace(case, headdim=128), torch.bfloat16, "cuda", times=2)
 
 
-@pytest.mark.parametrize("headdim", [8, 64, 80, 96, 128])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_headdim_256(case: Case) -> None:
+    check(KERNEL, dataclasses.replace(case, headdim=256), torch.bfloat16, "cuda", times=2)
+
+
+@pytest.mark.parametrize("headdim", [8, 64, 80, 96, 128, 136, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
 def test_headdim(headdim: int, dtype: torch.dtype, mask: str) -> None:
@@ -88,25 +93,34 @@ def test_accumulate() -> None:
     check_accumulate(KERNEL, torch.float32, "cuda")
 
 
-def test_nan() -> None:
-    check_nan(KERNEL, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("headdim", [32, 256])
+def test_nan(headdim: int) -> None:
+    check_nan(KERNEL, torch.bfloat16, "cuda", headdim)
 
 
-def test_keep() -> None:
-    check_keep(KERNEL, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("headdim", [32, 256])
+def test_keep(headdim: int) -> None:
+    check_keep(KERNEL, torch.bfloat16, "cuda", headdim)
+
+
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+def test_tiles_cut_along_keys(headdim: int) -> None:
+    """Few enough tiles of queries, and enough keys, that each is cut into pieces."""
+    case = Case("pieces", 900, 5000, nheads=4, nheads_kv=2, headdim=headdim)
+    check(KERNEL, case, torch.bfloat16, "cuda", times=2)
 
 
 def test_refuses() -> None:
     for dtype, headdim, message in (
         (torch.float32, 64, "expected bfloat16 or float16, got torch.float32"),
-        (torch.bfloat16, 136, "multiple of 8 and at most 128, got 136"),
-        (torch.bfloat16, 60, "multiple of 8 and at most 128, got 60"),
+        (torch.bfloat16, 264, "multiple of 8 and at most 256, got 264"),
+        (torch.bfloat16, 60, "multiple of 8 and at most 256, got 60"),
     ):
         with pytest.raises(ValueError, match=message):
             kernels.resolve("cuda", torch.device("cuda", 0), dtype, headdim, frozenset(MaskKind))
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 128, 256])
 @pytest.mark.parametrize("mask", ["full", "causal", "documents"])
 def test_deterministic(mask: str, headdim: int) -> None:
     """Runs agree in every bit, and the counters that put them in order are left as they were found."""

@@ -27,10 +27,10 @@ def hopper(monkeypatch):
 
 def test_refuses(hopper, monkeypatch) -> None:
     kernel = CudaKernel()
-    assert kernel.refuses(GPU, torch.bfloat16, 128, ALL, 3.0) is None
+    assert kernel.refuses(GPU, torch.bfloat16, 256, ALL, 3.0) is None
     assert kernel.refuses(GPU, torch.float16, 8, ALL, None) is None
     assert "got torch.float32" in kernel.refuses(GPU, torch.float32, 64, ALL, None)
-    assert "at most 128, got 136" in kernel.refuses(GPU, torch.bfloat16, 136, ALL, None)
+    assert "at most 256, got 264" in kernel.refuses(GPU, torch.bfloat16, 264, ALL, None)
     assert "multiple of 8" in kernel.refuses(GPU, torch.bfloat16, 60, ALL, None)
     assert "got cpu" in kernel.refuses(torch.device("cpu"), torch.bfloat16, 64, ALL, None)
     monkeypatch.setattr(library, "architectures", lambda: ("80",))

@@ -7,7 +7,7 @@ KINDS = {
     # name: (A in registers, A is MN-major, B is MN-major, columns N)
     "wgmma_ss": (False, False, False, (64, 80, 112, 128)),
     "wgmma_sb": (False, False, True, (64,)),
-    "wgmma_rs": (True, False, True, (64, 128)),
+    "wgmma_rs": (True, False, True, (64, 128, 256)),
 }
 HEADER = """\
 // Written by generate_wgmma.py; do not edit. m64nNk16: D = A B + D, or D = A B for the functions called *_first, which

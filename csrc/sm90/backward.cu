@@ -17,6 +17,7 @@ template <int D, class T> int32_t by_mask(const SeqparBackward& a, cudaStream_t 
 template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stream) {
   if (a.problem.headdim <= 64) return by_mask<64, T>(a, stream);
   if (a.problem.headdim <= 128) return by_mask<128, T>(a, stream);
+  if (a.problem.headdim <= 256) return by_mask<256, T>(a, stream);
   return kNoKernel;
 }
 

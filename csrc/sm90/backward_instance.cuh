@@ -6,8 +6,12 @@ namespace seqpar::sm90 {
 
 template <int D, class T, bool INTERVAL, bool SOFTCAP>
 int32_t backward_instance(const SeqparBackward& arguments, cudaStream_t stream) {
-  constexpr int kQueries = D == 64 ? 128 : 64;
-  return launch_backward<BackwardConfig<D, T, kQueries, INTERVAL, SOFTCAP>>(arguments, stream);
+  if constexpr (D == 256) {
+    return launch_backward<WideConfig<T, INTERVAL, SOFTCAP>>(arguments, stream);
+  } else {
+    constexpr int kQueries = D == 64 ? 128 : 64;
+    return launch_backward<BackwardConfig<D, T, kQueries, INTERVAL, SOFTCAP>>(arguments, stream);
+  }
 }
 
 }  // namespace seqpar::sm90

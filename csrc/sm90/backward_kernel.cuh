@@ -6,10 +6,7 @@
 // dQ = dS K, which the copy engine adds to an fp32 accumulator. The scores of the next tile are multiplied as soon as
 // dS of this one is formed, so that the tensor cores have work while exponentials are taken.
 #pragma once
-#include "../common/barrier.cuh"
-#include "../common/tma.cuh"
-#include "../common/wgmma.cuh"
-#include "backward_params.h"
+#include "backward_tile.cuh"
 
 namespace seqpar::sm90 {
 
@@ -29,7 +26,7 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr int DQ_BYTES = 64 * 64 * 4;
   // Whether the scores of the next tile are multiplied before dS of this one is formed. P then waits in 16 bits: as
   // fp16 of 2^14 P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9.
-  static constexpr int SHIFT = backward_shift(D, T::is_bf16);        // P is 2^SHIFT times itself throughout
+  static constexpr int SHIFT = backward_shift(T::is_bf16);           // P is 2^SHIFT times itself throughout
   static constexpr bool AHEAD = SHIFT > 0 && !INTERVAL && !SOFTCAP;  // those need the registers
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
@@ -50,94 +47,6 @@ template <class C> struct BackwardShared {
   static_assert(INNER + 16 == C::SHARED, "the last bytes");
   static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
 };
-
-struct BackwardMaps {
-  CUtensorMap q, k, v, dout, dq, dk, dv;
-};
-
-// A key tile of one part, and the query tiles [first, end) that see it. CTAs of a wave begin together and those of the
-// next one as these end, the shortest first. So that all are always at the same queries, and find in the L2 cache what
-// another has loaded or added to, one wave walks down from the end, where all key tiles' queries end under a causal
-// mask, and the next one up; and all heads of a group see a query tile in turn, or they would come apart by a little in
-// every head.
-struct BackwardTile {
-  int batch, key_head, part, key, first, end;
-  bool down;
-};
-
-// Query tiles that see the key tile at `key`.
-template <class C> DEVICE int first_query_tile(const BackwardParams& p, int key) {
-  if constexpr (C::INTERVAL) return p.query_lo[key] / C::QUERIES;
-  return p.causal ? max(0, key - p.offset) / C::QUERIES : 0;
-}
-template <class C> DEVICE int end_query_tile(const BackwardParams& p, int key) {
-  if constexpr (!C::INTERVAL) return p.query_tiles;
-  return min(p.query_tiles, (p.query_hi[min(key + C::KEYS, p.seqlen_k) - 1] + C::QUERIES - 1) / C::QUERIES);
-}
-
-// Grid: (key heads that take turns, key tiles, such groups of heads over all batches). Where key tiles differ, the
-// first ones take longest under a causal mask, and go first.
-DEVICE int key_tile() { return blockIdx.y; }
-DEVICE int key_head(const BackwardParams& p, int batch) {
-  return (blockIdx.z - batch * p.head_groups) * gridDim.x + blockIdx.x;
-}
-template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
-  BackwardTile t;
-  const int tile = key_tile();
-  t.batch = p.batch == 1 ? 0 : blockIdx.z / p.head_groups;
-  t.key_head = key_head(p, t.batch);
-  t.part = 0;
-  t.key = tile * C::KEYS;
-  if (p.key_tiles_per_part < p.key_tiles) {
-    t.part = tile / p.key_tiles_per_part;
-    t.key -= t.part * p.key_tiles_per_part * C::KEYS;
-  }
-  t.end = end_query_tile<C>(p, t.key);
-  t.first = min(first_query_tile<C>(p, t.key), t.end);
-  const int number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  t.down = p.wave && number / p.wave % 2 == 0;
-  return t;
-}
-
-// A place in a ring of buffers, and the parity of the current round. Of two buffers it is one number: registers are
-// short.
-template <int STAGES> class Ring {
- public:
-  DEVICE int stage() const { return STAGES == 2 ? index & 1 : index; }
-  DEVICE int parity() const { return STAGES == 2 ? (index >> 1) & 1 : round; }
-  DEVICE void advance() {
-    index++;
-    if (STAGES != 2 && index == STAGES) {
-      index = 0;
-      round ^= 1;
-    }
-  }
-  DEVICE Ring before() const {
-    Ring r = *this;
-    if (STAGES != 2 && index == 0) {
-      r.index = STAGES - 1;
-      r.round ^= 1;
-    } else {
-      r.index--;
-    }
-    return r;
-  }
-
- private:
-  int index = 0, round = 0;
-};
-
-// The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
-// consumers leave. All walk over the same tiles.
-template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
-  const int step = t.down ? -1 : 1;
-  int tile = t.down ? t.end - 1 : t.first;
-#pragma unroll 1
-  for (int left = t.end - t.first; left > 0; left--, tile += step) {
-#pragma unroll 1
-    for (int h = 0; h < p.group; h++) visit(tile, t.key_head * p.group + h);
-  }
-}
 
 template <class C> DEVICE void load_keys(const BackwardMaps& maps, const BackwardTile& t, uint32_t base) {
   using S = BackwardShared<C>;
@@ -162,27 +71,6 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
       load_box(target + ring.stage() * C::QUERY_BYTES + block * (C::QUERIES * 128), map, ready,
                {64 * block, tile * C::QUERIES, head, t.batch, 0}, kEvictLast);
     }
-    ring.advance();
-  });
-}
-
-// lse, or delta, of each tile, times `factor` plus `shift`. Rows outside the sequence get `outside`.
-template <class C, int STAGES>
-DEVICE void load_rows(const float* from, int64_t head_stride, float factor, float shift, float outside,
-                      const BackwardParams& p, const BackwardTile& t, uint32_t target, uint32_t full, uint32_t empty) {
-  const int lane = threadIdx.x & 31;
-  Ring<STAGES> ring;
-  for_each_tile(p, t, [&](int tile, int head) {
-    barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
-#pragma unroll 1
-    for (int r = lane; r < C::QUERIES; r += 32) {
-      const int row = tile * C::QUERIES + r;
-      const float x = row < p.seqlen_q ? from[head * head_stride + row] : outside;
-      const float y = x == -INFINITY ? x : fmaf(x, factor, shift);
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage() * C::QUERIES + r)), "f"(y) : "memory");
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8 * ring.stage());
     ring.advance();
   });
 }
@@ -307,8 +195,9 @@ template <class C> struct BackwardConsumer {
     const int query = tile * QUERIES;
     const int2 inner = *inner_queries();
     if (query < inner.x || query + QUERIES > inner.y) {
+      // Asked anew for every tile that has a border in it: kept, they would take registers from all tiles.
       const int key = tile_key + 64 * warpgroup + warp * 16 + (lane >> 2), column = query + 2 * (lane & 3);
-      const int2 seen0 = seeing_queries(key), seen1 = seeing_queries(key + 8);
+      const int2 seen0 = seeing_queries<C>(p, key), seen1 = seeing_queries<C>(p, key + 8);
       const int lo0 = seen0.x - column, lo1 = seen1.x - column, hi0 = seen0.y - column, hi1 = seen1.y - column;
 #pragma unroll
       for (int j = 0; j < QUERIES / 8; j++) {
@@ -380,59 +269,26 @@ template <class C> struct BackwardConsumer {
       const uint32_t memory = base + S::DQ + (4 * warpgroup + warp) * 4096;
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
-      if (p.order) wait_for_turn();
+      if (p.order) wait_for_turn<C>(p, turns(), stored_tile);
       const int head = key_head(p, batch) * p.group + stored_head;
       add_box(&maps.dq, memory, {column, row, head, batch, 0});
       add_box(&maps.dq, memory + 2048, {column + 32, row, head, batch, 0});
       bulk_commit();
-      if (p.order) end_turn();
+      if (p.order) end_turn<C>(p, turns(), stored_tile);
     }
   }
 
-  // Deterministic: key tiles add to a query tile in their order. A counter says how many have.
+  // Deterministic: this warp's counter of turns.
   DEVICE int* turns() const {
     const int64_t head = static_cast<int64_t>(batch) * p.nheads + key_head(p, batch) * p.group + stored_head;
     return p.order + (head * p.query_tiles + stored_tile) * 8 + 4 * warpgroup + warp;
-  }
-  DEVICE void wait_for_turn() const {
-    int before = key_tile();
-    if constexpr (C::INTERVAL) {  // only those that the query tile sees
-      int first = 0;
-      while (end_query_tile<C>(p, first * C::KEYS) <= stored_tile) first++;
-      before -= first;
-    }
-    int done;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns()) : "memory");
-    } while (done != before);
-  }
-  DEVICE void end_turn() const {
-    const int next = key_tile() + 1;
-    const bool last = next == p.key_tiles || first_query_tile<C>(p, next * C::KEYS) > stored_tile;
-    bulk_wait();
-    // What the copy engine wrote comes before what this thread writes.
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    if (last) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns()), "r"(0) : "memory");
-    } else {
-      asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(turns()), "r"(1) : "memory");
-    }
-  }
-
-  // The queries [x, y) that see a key; y counts under INTERVAL only. Asked anew for every tile that has a border in it:
-  // kept, they would take registers from all tiles.
-  DEVICE int2 seeing_queries(int key) const {
-    constexpr int kNever = 1 << 30;
-    if (key >= p.seqlen_k) return make_int2(kNever, kNever);
-    if constexpr (C::INTERVAL) return make_int2(p.query_lo[key], p.query_hi[key]);
-    return make_int2(p.causal ? key - p.offset : -kNever, kNever);
   }
   // Those that see all keys of this warpgroup, in shared memory; each thread reads what it wrote itself.
   DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
   DEVICE void set_bounds(int tile_key_) {
     tile_key = tile_key_;
     const int first = tile_key + 64 * warpgroup, last = first + 63;
-    *inner_queries() = make_int2(seeing_queries(last).x, seeing_queries(min(first, p.seqlen_k - 1)).y);
+    *inner_queries() = make_int2(seeing_queries<C>(p, last).x, seeing_queries<C>(p, min(first, p.seqlen_k - 1)).y);
   }
 
   DEVICE void multiply_scores(int stage) {

@@ -6,9 +6,23 @@
 #include "../small/launch.h"
 #include "backward_instances.h"
 #include "backward_kernel.cuh"
+#include "backward_wide_kernel.cuh"
 #include "problem.h"
 
 namespace seqpar::sm90 {
+
+using BackwardKernel = void (*)(BackwardMaps, BackwardParams);
+
+// Which kernel serves a configuration, and how many bytes of shared memory it needs.
+template <class C> struct BackwardServed {
+  static BackwardKernel kernel() { return backward_kernel<C>; }
+  static constexpr int SHARED = C::SHARED;
+};
+template <class T, bool INTERVAL, bool SOFTCAP> struct BackwardServed<WideConfig<T, INTERVAL, SOFTCAP>> {
+  using C = WideConfig<T, INTERVAL, SOFTCAP>;
+  static BackwardKernel kernel() { return backward_wide_kernel<C>; }
+  static constexpr int SHARED = WideShared<C>::BYTES;
+};
 
 // Key heads that take turns tile by tile. All together, the longest tiles of all of them go first and none of them is
 // last; but after more than some 32 waves, CTAs do not begin together any more, and lose each other (see BackwardTile):
@@ -62,8 +76,9 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   if (!a.carry_dq) {
     if (cudaError_t e = zero(a.dq, a.dq_strides, x.batch, x.seqlen_q, x.nheads, x.headdim, stream)) return e;
   }
-  const auto kernel = backward_kernel<C>;
-  if (cudaError_t e = allow_shared_memory<C>(kernel, C::SHARED)) return e;
+  const BackwardKernel kernel = BackwardServed<C>::kernel();
+  constexpr int kShared = BackwardServed<C>::SHARED;
+  if (cudaError_t e = allow_shared_memory<C>(kernel, kShared)) return e;
   const int together = x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles);
   p.head_groups = x.nheads_kv / together;
   if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first
@@ -71,7 +86,7 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
     if (!p.wave) return cudaErrorInvalidDevice;
   }
   const dim3 grid(together, p.key_tiles, x.batch * p.head_groups);
-  kernel<<<grid, C::THREADS, C::SHARED, stream>>>(maps, p);
+  kernel<<<grid, C::THREADS, kShared, stream>>>(maps, p);
   return cudaGetLastError();
 }
 

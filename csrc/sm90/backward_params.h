@@ -5,8 +5,8 @@
 namespace seqpar::sm90 {
 
 // P, and with it dS and what is accumulated in dq, is 2 to the power of this times itself throughout (see
-// BackwardConfig::AHEAD).
-constexpr int backward_shift(int headdim, bool bf16) { return headdim <= 128 && bf16 ? 14 : 0; }
+// BackwardConfig::AHEAD and WideConfig::SHIFT).
+constexpr int backward_shift(bool bf16) { return bf16 ? 14 : 0; }
 
 struct BackwardParams {
   const float* lse;                                      // [batch, nheads, seqlen_q], natural logarithm

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
 int32_t finish_dq(const SeqparFinishDq& a, cudaStream_t stream) {
   if (a.headdim % 8 || a.dtype < 0 || a.dtype > 1) return kBadArgument;
   const bool bf16 = a.dtype == SEQPAR_BF16;
-  const float factor = a.softmax_scale / static_cast<float>(1 << backward_shift(a.headdim <= 64 ? 64 : 128, bf16));
+  const float factor = a.softmax_scale / static_cast<float>(1 << backward_shift(bf16));
   const dim3 grid = row_grid(a.seqlen, a.nheads, a.batch);
   if (bf16) {
     finish_dq_kernel<Bf16><<<grid, kLanes * kRowsPerBlock, 0, stream>>>(a, factor);

@@ -19,7 +19,8 @@ template <int D, class T, Rows ROWS> int32_t by_mask(const SeqparForward& a, cud
 
 // Which of the two shapes takes less time.
 Rows choose(const SeqparProblem& x) {
-  if (x.headdim <= 64 || x.mask == SEQPAR_INTERVAL || x.softcap != 0.f) return Rows::kWide;  // the only one
+  if (x.headdim <= 64 || x.headdim > 128 || x.mask == SEQPAR_INTERVAL || x.softcap != 0.f)
+    return Rows::kWide;  // the only one
   if (x.variant) return x.variant == 2 ? Rows::kNarrow : Rows::kWide;
   const int sms = std::max(1, multiprocessors(x.sm_margin));
   const auto time = [&](Rows rows) {
@@ -37,6 +38,7 @@ template <class T> int32_t by_headdim(const SeqparForward& a, cudaStream_t strea
     if (choose(x) == Rows::kNarrow) return forward_instance<128, T, Rows::kNarrow, false, false>(a, stream);
     return by_mask<128, T, Rows::kWide>(a, stream);
   }
+  if (x.headdim <= 256) return by_mask<256, T, Rows::kWide>(a, stream);
   return kNoKernel;
 }
 
@@ -44,7 +46,7 @@ template <class T> int32_t by_headdim(const SeqparForward& a, cudaStream_t strea
 
 int64_t forward_counters(const SeqparForward& a) {
   const SeqparProblem& x = a.problem;
-  const int headdim = x.headdim <= 64 ? 64 : 128;
+  const int headdim = x.headdim <= 64 ? 64 : x.headdim <= 128 ? 128 : 256;
   const ForwardShape shape = forward_shape(headdim, choose(x));
   const ForwardGrid g = forward_grid(x, shape, std::max(1, multiprocessors(x.sm_margin)));
   return counter_ints(g, shape.warpgroups, headdim);

@@ -16,6 +16,7 @@ struct ForwardShape {
 };
 constexpr ForwardShape forward_shape(int headdim, Rows rows) {
   if (rows == Rows::kNarrow) return {2, 128, 2};
+  if (headdim == 256) return {2, 80, 2};
   return headdim == 64 ? ForwardShape{3, 112, 3} : ForwardShape{3, 80, 2};
 }
 
@@ -57,7 +58,7 @@ inline ForwardGrid forward_grid(const SeqparProblem& x, const ForwardShape& shap
 // Ints that a launch needs: counters and flags, as many for every launch, which leaves them zeroed, and the results of
 // pieces behind them.
 inline int64_t counter_ints(const ForwardGrid& g, int warpgroups, int headdim) {
-  return kFlags + static_cast<int64_t>(g.rest) * (g.pieces - 1) * warpgroups * (headdim / 8 + 1) * 128 * 4;
+  return kFlags + static_cast<int64_t>(g.rest) * (g.pieces - 1) * warpgroups * (headdim / 8 + 1) * 512;
 }
 
 }  // namespace seqpar::sm90

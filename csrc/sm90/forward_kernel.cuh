@@ -21,8 +21,11 @@ struct ForwardConfig {
   static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
   static constexpr int QUERY_BYTES = 64 * D * 2, KEY_BYTES = KEYS * D * 2;
   static constexpr int LIMIT = 232448, FIXED = WARPGROUPS * QUERY_BYTES + 2 * STAGES * KEY_BYTES + 512;
-  static constexpr int STAGE_BYTES = 64 * D * 4;  // the fp32 accumulator on its way in, and results on theirs out
-  static constexpr int SHARED = FIXED + WARPGROUPS * STAGE_BYTES;
+  // The fp32 accumulator on its way in, and results on theirs out. For D = 256 there is no memory for that: the output
+  // goes through that of the queries, and the accumulator from and to registers.
+  static constexpr bool STAGED = D <= 128;
+  static constexpr int STAGE_BYTES = STAGED ? 64 * D * 4 : QUERY_BYTES;
+  static constexpr int SHARED = FIXED + (STAGED ? WARPGROUPS * STAGE_BYTES : 0);
   static_assert(SHARED <= LIMIT, "shared memory");
   static constexpr int THREADS = WARPGROUPS * 128 + 128;
   static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 56, CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 152;
@@ -104,7 +107,7 @@ DEVICE ForwardWork work_of(const ForwardParams& p, const ForwardTile& t, int war
 // Offsets in shared memory, and of the barriers in its last 512 bytes.
 template <class C> struct ForwardShared {
   static constexpr int Q = 0, K = C::WARPGROUPS * C::QUERY_BYTES, V = K + C::STAGES * C::KEY_BYTES;
-  static constexpr int STAGE = V + C::STAGES * C::KEY_BYTES;
+  static constexpr int STAGE = C::STAGED ? V + C::STAGES * C::KEY_BYTES : Q;
   static constexpr int BARRIERS = C::SHARED - 512;
   // Full: the copy engine has written it. Empty: nobody reads it any more. One of each per warpgroup or stage.
   static constexpr int Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 32, CARRY_FULL = Q_EMPTY + 32,
@@ -196,7 +199,7 @@ template <class C> DEVICE void produce_queries(const ForwardMaps& maps, const Fo
                  {64 * block, rows.row, rows.head, t.batch, 0}, kEvictFirst);
       }
     }
-    for (int w = 0; p.carry && w < C::WARPGROUPS; w++) {
+    for (int w = 0; C::STAGED && p.carry && w < C::WARPGROUPS; w++) {
       const uint32_t full = base + S::CARRY_FULL + 8 * w;
       const ForwardWork rows = work[2 * w + (turn & 1)];
       barrier_wait(base + S::CARRY_EMPTY + 8 * w, (turn & 1) ^ 1);
@@ -418,6 +421,9 @@ template <class C> struct ForwardConsumer {
     hi1 -= 2 * (lane & 3);
   }
 
+  // Whether the output goes through the memory of the queries.
+  DEVICE bool holds_queries(const ForwardWork& t) const { return !C::STAGED && p.finish && t.slot < 0; }
+
   // All key tiles of this warpgroup's rows; on return the last product with values is in flight, with its stage
   // current. Returns that tile: those before it are for other warpgroups only.
   DEVICE int attend(const ForwardWork& t, int turn) {
@@ -461,7 +467,7 @@ template <class C> struct ForwardConsumer {
     release(S::K_EMPTY + 8 * stage);
     softmax(Yes{}, j * KEYS);
     pack_probabilities();
-    if (p.carry && turn > 0 && leader) {  // the next carried tile may come when the last one is stored
+    if (C::STAGED && p.carry && turn > 0 && leader) {  // the next carried tile may come when the last one is stored
       bulk_wait_read();
       barrier_arrive(base + S::CARRY_EMPTY + 8 * warpgroup);
     }
@@ -473,7 +479,7 @@ template <class C> struct ForwardConsumer {
         step(No{}, j * KEYS);
       }
     }
-    release(S::Q_EMPTY + 8 * warpgroup);
+    if (!holds_queries(t)) release(S::Q_EMPTY + 8 * warpgroup);
     barrier_wait(base + S::V_FULL + 8 * stage, phase);
     pin(out);
     pin(probabilities);
@@ -484,18 +490,37 @@ template <class C> struct ForwardConsumer {
 
   // Tiles cut along keys: all pieces but the last of a tile leave what they have, thread by thread, to the CTA with the
   // last one. The pieces before have all been begun when a CTA begins the last, so that it waits for none in vain.
-  // [D / 8 + 1][128 threads]
-  DEVICE float4* partial(int slot) const {
-    return p.partial + (slot * C::WARPGROUPS + warpgroup) * ((D / 8 + 1) * 128) + (threadIdx.x & 127);
+  // [D / 8 + 1][128 threads][4], or [D / 8 + 1][4][128 threads] for D = 256: four numbers that are loaded at once have
+  // to lie side by side in registers, which there are too few of for that.
+  DEVICE float* partial(int slot) const {
+    return p.partial + (slot * C::WARPGROUPS + warpgroup) * ((D / 8 + 1) * 512) +
+           (threadIdx.x & 127) * (D == 256 ? 1 : 4);
+  }
+  DEVICE static void put(float* to, int i, float x, float y, float z, float w) {
+    to += i * 512;
+    if constexpr (D == 256) {
+      to[0] = x;
+      to[128] = y;
+      to[256] = z;
+      to[384] = w;
+    } else {
+      *reinterpret_cast<float4*>(to) = make_float4(x, y, z, w);
+    }
+  }
+  DEVICE static float4 get(const float* from, int i) {
+    from += i * 512;
+    if constexpr (D == 256) {
+      return make_float4(__ldcg(from), __ldcg(from + 128), __ldcg(from + 256), __ldcg(from + 384));
+    } else {
+      return __ldcg(reinterpret_cast<const float4*>(from));
+    }
   }
   DEVICE int* ready(int slot) const { return p.counter + 2 + slot * C::WARPGROUPS + warpgroup; }
   DEVICE void hand_over(int slot) {
-    float4* to = partial(slot);
+    float* to = partial(slot);
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-      to[i * 128] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
-    }
-    to[D / 8 * 128] = make_float4(m0, m1, l0, l1);
+    for (int i = 0; i < D / 8; i++) put(to, i, out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    put(to, D / 8, m0, m1, l0, l1);
     __threadfence();
     sync();
     if (leader) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready(slot)), "r"(1) : "memory");
@@ -511,8 +536,8 @@ template <class C> struct ForwardConsumer {
         *ready(slot) = 0;
       }
       sync();
-      const float4* from = partial(slot);
-      const float4 state = __ldcg(from + D / 8 * 128);
+      const float* from = partial(slot);
+      const float4 state = get(from, D / 8);
       const float x0 = fmaxf(m0, state.x), x1 = fmaxf(m1, state.y);
       const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
       a0 = exp2_fast(m0 - z0);
@@ -524,7 +549,7 @@ template <class C> struct ForwardConsumer {
       l1 = l1 * a1 + state.w * w1;
 #pragma unroll
       for (int i = 0; i < D / 8; i++) {
-        const float4 x = __ldcg(from + i * 128);
+        const float4 x = get(from, i);
         out[4 * i] = out[4 * i] * a0 + x.x * w0;
         out[4 * i + 1] = out[4 * i + 1] * a0 + x.y * w0;
         out[4 * i + 2] = out[4 * i + 2] * a1 + x.z * w1;
@@ -573,7 +598,35 @@ template <class C> struct ForwardConsumer {
     return reinterpret_cast<float2*>(shared + (stage_memory() - base) + (i / 4) * 8192 +
                                      swizzled(r, 2 * (i % 4) + ((lane & 3) >> 1)) + (lane & 1) * 8);
   }
-  DEVICE void add_carry(int turn, float w0, float w1) {
+  // Where they lie in global memory, from column 2 (lane % 4) on: four threads have 32 bytes of a row. A row past the
+  // end has no columns.
+  struct Kept {
+    float* row;
+    int columns;
+  };
+  DEVICE Kept kept(const ForwardWork& t, int r) const {
+    const int row = t.row + r;
+    return {p.acc + t.batch * p.acc_batch + row * p.acc_row + t.head * p.acc_head + 2 * (lane & 3),
+            row < p.seqlen_q ? p.headdim : 0};
+  }
+  DEVICE void add_carry(const ForwardWork& t, int turn, float w0, float w1) {
+    if constexpr (!C::STAGED) {
+      const Kept k0 = kept(t, r0), k1 = kept(t, r0 + 8);
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        if (8 * i < k0.columns) {
+          const float2 u = *reinterpret_cast<const float2*>(k0.row + 8 * i);
+          out[4 * i] += u.x * w0;
+          out[4 * i + 1] += u.y * w0;
+        }
+        if (8 * i < k1.columns) {
+          const float2 v = *reinterpret_cast<const float2*>(k1.row + 8 * i);
+          out[4 * i + 2] += v.x * w1;
+          out[4 * i + 3] += v.y * w1;
+        }
+      }
+      return;
+    }
     barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
@@ -587,7 +640,16 @@ template <class C> struct ForwardConsumer {
 
   // `out` is final. Stores read the staging memory after this returns.
   DEVICE void store(const ForwardWork& t) {
-    if (p.keep) {
+    if (!C::STAGED && p.keep) {
+      const Kept k0 = kept(t, r0), k1 = kept(t, r0 + 8);
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        if (8 * i < k0.columns) *reinterpret_cast<float2*>(k0.row + 8 * i) = make_float2(out[4 * i], out[4 * i + 1]);
+        if (8 * i < k1.columns) {
+          *reinterpret_cast<float2*>(k1.row + 8 * i) = make_float2(out[4 * i + 2], out[4 * i + 3]);
+        }
+      }
+    } else if (p.keep) {
 #pragma unroll
       for (int i = 0; i < D / 8; i++) {
         *staged(i, r0) = make_float2(out[4 * i], out[4 * i + 1]);
@@ -648,18 +710,22 @@ template <class C> struct ForwardConsumer {
       if (!C::INTERVAL && t.slot != ForwardWork::kWhole) {
         if (t.slot >= 0) {
           hand_over(t.slot);
-          if (p.carry) barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);  // not used
+          if (C::STAGED && p.carry) barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);  // not used
           continue;
         }
         take_over(ForwardWork::kTakes - t.slot);
         finish_rows(t, w0, w1);
       }
       rescale();
-      if (p.carry) add_carry(turn, w0, w1);
+      if (p.carry) add_carry(t, turn, w0, w1);
       // The store before must have left the staging memory, and all warps be done with what was in it.
       if (!p.carry && leader) bulk_wait_read();
       sync();
       store(t);
+      if (holds_queries(t)) {
+        if (leader) bulk_wait_read();
+        release(S::Q_EMPTY + 8 * warpgroup);
+      }
     }
     if (leader) bulk_wait();
   }

@@ -39,6 +39,11 @@ template <class C> int32_t launch_forward(const SeqparForward& a, const ForwardS
   p.lse = a.lse;
   p.lse_batch = a.lse_strides.batch;
   p.lse_head = a.lse_strides.head;
+  p.acc = static_cast<float*>(a.out_acc);
+  p.acc_batch = a.acc_strides.batch;
+  p.acc_row = a.acc_strides.seq;
+  p.acc_head = a.acc_strides.head;
+  p.headdim = x.headdim;
   p.key_lo = x.key_lo;
   p.key_hi = x.key_hi;
   p.counter = a.counter;
@@ -56,7 +61,7 @@ template <class C> int32_t launch_forward(const SeqparForward& a, const ForwardS
   p.tiles = g.tiles + g.rest * (g.pieces - 1);
   p.cut_from = g.pieces > 1 ? g.tiles - g.rest : p.tiles;
   p.pieces = g.pieces;
-  p.partial = reinterpret_cast<float4*>(a.counter + kFlags);
+  p.partial = reinterpret_cast<float*>(a.counter + kFlags);
   p.heads_at_once = x.mask == SEQPAR_FULL ? 1 : heads_at_once(x);
   p.carry = a.carry;
   p.keep = a.keep;

@@ -6,12 +6,15 @@
 namespace seqpar::sm90 {
 
 struct ForwardParams {
-  float* lse;                   // [batch, nheads, seqlen_q], natural logarithm
-  int64_t lse_batch, lse_head;  // strides in elements
-  const int32_t* key_lo;        // [seqlen_q], INTERVAL
+  float* lse;                            // [batch, nheads, seqlen_q], natural logarithm
+  int64_t lse_batch, lse_head;           // strides in elements
+  float* acc;                            // the carried output, where the kernel has no memory to stage it
+  int64_t acc_batch, acc_row, acc_head;  // strides in elements
+  int headdim;
+  const int32_t* key_lo;  // [seqlen_q], INTERVAL
   const int32_t* key_hi;
   int* counter;                                  // zeroed ints, returned zeroed: two, and one per slot and warpgroup
-  float4* partial;                               // [slots, warpgroups, headdim / 8 + 1, 128 threads], results of pieces
+  float* partial;                                // [slots, warpgroups, headdim / 8 + 1, 512], results of pieces
   int seqlen_q, seqlen_k, parts, nheads, group;  // group: query heads per key head
   int causal, offset;
   int packed, packs;        // query heads whose rows are counted together, such packs per batch

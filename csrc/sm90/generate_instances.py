@@ -6,8 +6,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "instances"
 DTYPES = {"bf16": "Bf16", "fp16": "Fp16"}
-BACKWARD = [64, 128]
-FORWARD = [(64, "Wide"), (128, "Wide"), (128, "Narrow")]
+BACKWARD = [64, 128, 256]
+FORWARD = [(64, "Wide"), (128, "Wide"), (128, "Narrow"), (256, "Wide")]
 TEMPLATE = """\
 // Written by generate_instances.py; do not edit.
 #include "../{kind}_instance.cuh"

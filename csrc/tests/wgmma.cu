@@ -118,6 +118,7 @@ template <class T> void test_all(const char* dtype) {
   test<T, 64, Kind::kSB>("sb");
   test<T, 64, Kind::kRS>("rs");
   test<T, 128, Kind::kRS>("rs");
+  test<T, 256, Kind::kRS>("rs");
 }
 
 }  // namespace

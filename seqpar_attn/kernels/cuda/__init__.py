@@ -69,8 +69,8 @@ class CudaKernel(PlainKernel):
     ) -> str | None:
         if dtype not in _DTYPES:
             return f"expected bfloat16 or float16, got {dtype}"
-        if headdim % 8 or not 8 <= headdim <= 128:
-            return f"expected a head dimension that is a multiple of 8 and at most 128, got {headdim}"
+        if headdim % 8 or not 8 <= headdim <= 256:
+            return f"expected a head dimension that is a multiple of 8 and at most 256, got {headdim}"
         if device.type != "cuda":
             return f"expected CUDA tensors, got {device}"
         found = architecture(

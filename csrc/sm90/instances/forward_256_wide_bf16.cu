@@ -1,0 +1,6 @@
+// Written by generate_instances.py; do not edit.
+#include "../forward_instance.cuh"
+
+namespace seqpar::sm90 {
+template int32_t forward_instance<256, Bf16, Rows::kWide, false, false>(const SeqparForward&, cudaStream_t);
+}
