@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from ...mask import MaskKind
@@ -11,7 +9,6 @@ from ..base import BlockMask, PlainKernel, accumulator_dtype, forward_without_ke
 from ..device import architecture, on_device_of
 from . import building, library
 from .launch import Plan, launch, make_plan, strides
-from .library import load
 from .structs import Accumulate, Backward, Delta, FinishDq, Forward, Merge, Problem, RowStrides
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
