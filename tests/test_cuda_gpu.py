@@ -72,8 +72,8 @@ LONG = [
     # Backward in more than one wave, of which every other one walks the other way, and in groups of heads.
     Case("waves", 2500, 2500, "causal", nheads=16, nheads_kv=8),
     Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
-    Case("groups", 64, 2100, "causal", offset=1500, nheads=264, nheads_kv=264, batch=2),
-    Case("groups-grouped-query", 64, 4300, "causal", offset=4236, nheads=264, nheads_kv=132),
+    Case("groups", 16, 2100, "causal", offset=1500, nheads=264, nheads_kv=264, batch=2),
+    Case("groups-grouped-query", 16, 4300, "causal", offset=4284, nheads=264, nheads_kv=132),
 ]
 
 

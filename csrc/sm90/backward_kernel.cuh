@@ -18,7 +18,8 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   // queries of a tile are needed from its scores to its dK, longer than its dout.
   static constexpr int Q_STAGES = 3, DOUT_STAGES = 2, DS_SLOTS = 2;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
-  static constexpr int BLOCKS = D / 64;  // column blocks of 128 bytes
+  static constexpr bool STAGGERED = false;  // measured: no difference
+  static constexpr int BLOCKS = D / 64;     // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
   // A warpgroup makes 64 rows by 64 columns of dQ: for D = 128 its half of the columns, for D = 64 its half of the
   // rows.
@@ -63,7 +64,7 @@ template <class C, int STAGES>
 DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const BackwardTile& t, uint32_t target,
                        uint32_t full, uint32_t empty) {
   Ring<STAGES> ring;
-  for_each_tile(p, t, [&](int tile, int head) {
+  for_each_tile<C>(p, t, [&](int tile, int head) {
     const uint32_t ready = full + 8 * ring.stage();
     barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
     barrier_expect(ready, C::QUERY_BYTES);
@@ -446,16 +447,15 @@ template <class C> struct BackwardConsumer {
         multiply_scores(0);
         wgmma_wait<0>();
         pin(probabilities);
-        int tile = t.down ? t.end - 1 : t.first;
+        int tile = begin_tile<C>(p, t);
         exponentials(tile, 0);
         pack_probabilities();
-        const int move = t.down ? -1 : 1;
         int left = (t.end - t.first) * p.group, h = 0;
         do {
           const int here = tile, head = h;
           if (++h == p.group) {
             h = 0;
-            tile += move;
+            tile = tile_after<C>(p, t.down, tile);
           }
           step(here, head, tile, --left > 0);
         } while (left > 0);

@@ -79,6 +79,7 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   const BackwardKernel kernel = BackwardServed<C>::kernel();
   constexpr int kShared = BackwardServed<C>::SHARED;
   if (cudaError_t e = allow_shared_memory<C>(kernel, kShared)) return e;
+  p.stagger = C::STAGGERED && x.mask == SEQPAR_FULL && !p.order && p.group == 1 ? 2 : 0;
   const int together = x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles);
   p.head_groups = x.nheads_kv / together;
   if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first

@@ -84,13 +84,22 @@ template <int STAGES> class Ring {
   int index = 0, round = 0;
 };
 
+// The order in which query tiles are walked over.
+template <class C> DEVICE int begin_tile(const BackwardParams& p, const BackwardTile& t) {
+  if (t.down) return t.end - 1;
+  return C::STAGGERED && p.stagger ? key_tile() * p.stagger % p.query_tiles : t.first;
+}
+template <class C> DEVICE int tile_after(const BackwardParams& p, bool down, int tile) {
+  if (down) return tile - 1;
+  return C::STAGGERED && tile + 1 == p.query_tiles ? 0 : tile + 1;
+}
+
 // The producers are one warp each for queries and dout, lse and delta: together they would need more registers than the
 // consumers leave. All walk over the same tiles.
-template <class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
-  const int step = t.down ? -1 : 1;
-  int tile = t.down ? t.end - 1 : t.first;
+template <class C, class Visit> DEVICE void for_each_tile(const BackwardParams& p, const BackwardTile& t, Visit visit) {
+  int tile = begin_tile<C>(p, t);
 #pragma unroll 1
-  for (int left = t.end - t.first; left > 0; left--, tile += step) {
+  for (int left = t.end - t.first; left > 0; left--, tile = tile_after<C>(p, t.down, tile)) {
 #pragma unroll 1
     for (int h = 0; h < p.group; h++) visit(tile, t.key_head * p.group + h);
   }
@@ -102,7 +111,7 @@ DEVICE void load_rows(const float* from, int64_t head_stride, float factor, floa
                       const BackwardParams& p, const BackwardTile& t, uint32_t target, uint32_t full, uint32_t empty) {
   const int lane = threadIdx.x & 31;
   Ring<STAGES> ring;
-  for_each_tile(p, t, [&](int tile, int head) {
+  for_each_tile<C>(p, t, [&](int tile, int head) {
     barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
 #pragma unroll 1
     for (int r = lane; r < C::QUERIES; r += 32) {

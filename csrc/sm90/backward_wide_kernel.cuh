@@ -128,14 +128,13 @@ template <class C> struct ValueGroup : WideConsumer<C> {
       multiply_scores();
       wgmma_wait<0>();
       pin(scores);
-      const int move = t.down ? -1 : 1;
-      int tile = t.down ? t.end - 1 : t.first, head = 0;  // counted in its group
+      int tile = begin_tile<C>(p, t), head = 0;  // counted in its group
       form_p(t.key, tile);
 #pragma unroll 1
       for (int left = this->steps(t); left > 0; left--) {
         if (++head == p.group) {
           head = 0;
-          tile += move;
+          tile = tile_after<C>(p, t.down, tile);
         }
         step(t.key, tile, left > 1);
       }
@@ -312,7 +311,7 @@ template <class C> struct QueryGroup : WideConsumer<C> {
     if (t.first < t.end) {
       barrier_wait(base + S::KV_FULL, 0);
       int parity = 0;
-      for_each_tile(p, t, [&](int tile, int head) {
+      for_each_tile<C>(p, t, [&](int tile, int head) {
         barrier_wait(base + S::DS_FULL, parity);
         parity ^= 1;
         multiply(0);

@@ -9,6 +9,7 @@ template <class T_, bool INTERVAL_, bool SOFTCAP_> struct WideConfig {
   using T = T_;
   static constexpr int D = 256, QUERIES = 64, KEYS = 64;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
+  static constexpr bool STAGGERED = true;  // under FULL, or all CTAs of a head add to the same rows of dq at a time
   // Of dout there is room for one and a half tiles: it comes in halves of 128 columns.
   static constexpr int Q_STAGES = 2, HALVES = 3;
   static constexpr int BLOCK_BYTES = 64 * 128;  // of 64 rows by 64 columns of 16 bits, or by 32 of fp32
@@ -43,7 +44,7 @@ DEVICE void load_pieces(const CUtensorMap* map, const BackwardParams& p, const B
                         uint32_t full, uint32_t empty) {
   constexpr int kBlocks = 4 / PIECES;
   Ring<STAGES> ring;
-  for_each_tile(p, t, [&](int tile, int head) {
+  for_each_tile<C>(p, t, [&](int tile, int head) {
     for (int piece = 0; piece < PIECES; piece++) {
       const uint32_t ready = full + 8 * ring.stage(), memory = target + ring.stage() * (kBlocks * C::BLOCK_BYTES);
       barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
