@@ -16,20 +16,20 @@ using BackwardKernel = void (*)(BackwardMaps, BackwardParams);
 // Which kernel serves a configuration, and how many bytes of shared memory it needs.
 template <class C> struct BackwardServed {
   static BackwardKernel kernel() { return backward_kernel<C>; }
-  static constexpr int SHARED = C::SHARED;
+  static constexpr int SHARED = C::SHARED, TILES_TOGETHER = 32 * 132;
 };
 template <class T, bool INTERVAL, bool SOFTCAP> struct BackwardServed<WideConfig<T, INTERVAL, SOFTCAP>> {
   using C = WideConfig<T, INTERVAL, SOFTCAP>;
   static BackwardKernel kernel() { return backward_wide_kernel<C>; }
-  static constexpr int SHARED = WideShared<C>::BYTES;
+  static constexpr int SHARED = WideShared<C>::BYTES, TILES_TOGETHER = 8 * 132;
 };
 
 // Key heads that take turns tile by tile. All together, the longest tiles of all of them go first and none of them is
-// last; but after more than some 32 waves, CTAs do not begin together any more, and lose each other (see BackwardTile):
-// 64K tokens with 32 heads then run at half speed.
-inline int key_heads_at_once(int nheads_kv, int key_tiles) {
+// last; but after more than some 32 waves (`limit`, in key tiles; 8 with head dimension 256), CTAs do not begin
+// together any more, and lose each other (see BackwardTile): 64K tokens with 32 heads then run at half speed.
+inline int key_heads_at_once(int nheads_kv, int key_tiles, int limit) {
   int heads = nheads_kv;
-  while (heads > 1 && (nheads_kv % heads || heads * key_tiles > 32 * 132)) heads--;
+  while (heads > 1 && (nheads_kv % heads || heads * key_tiles > limit)) heads--;
   return heads;
 }
 
@@ -80,7 +80,8 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   constexpr int kShared = BackwardServed<C>::SHARED;
   if (cudaError_t e = allow_shared_memory<C>(kernel, kShared)) return e;
   p.stagger = C::STAGGERED && x.mask == SEQPAR_FULL && !p.order && p.group == 1 ? 2 : 0;
-  const int together = x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles);
+  const int together =
+      x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles, BackwardServed<C>::TILES_TOGETHER);
   p.head_groups = x.nheads_kv / together;
   if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first
     p.wave = multiprocessors(x.sm_margin);

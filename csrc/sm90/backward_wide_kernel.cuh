@@ -46,7 +46,7 @@ template <class C> struct ValueGroup : WideConsumer<C> {
     }
 #pragma unroll
     for (int v = 0; v < 4; v++) {
-      uint32_t m[4];
+      uint32_t m[4 * C::MESSAGES];
 #pragma unroll
       for (int u = 0; u < 4; u++) {
         const int j = 2 * v + u / 2, i = u % 2;
@@ -65,9 +65,17 @@ template <class C> struct ValueGroup : WideConsumer<C> {
           if constexpr (C::SOFTCAP) factor[c] *= 1.f - s * s;  // the derivative of the cap: dS alone needs it
         }
         packed[2 * j + i] = pack<T>(x[0], x[1]);
-        m[u] = pack<Fp16>(factor[0], factor[1]);
+        if constexpr (C::FP32_MESSAGE) {
+          m[2 * u] = __float_as_uint(factor[0]);
+          m[2 * u + 1] = __float_as_uint(factor[1]);
+        } else {
+          m[u] = pack<Fp16>(factor[0], factor[1]);
+        }
       }
-      *this->message(v) = make_uint4(m[0], m[1], m[2], m[3]);
+#pragma unroll
+      for (int i = 0; i < C::MESSAGES; i++) {
+        *this->message(v * C::MESSAGES + i) = make_uint4(m[4 * i], m[4 * i + 1], m[4 * i + 2], m[4 * i + 3]);
+      }
     }
   }
   // All threads write the same, and each reads what it wrote itself.
@@ -164,12 +172,25 @@ template <class C> struct KeyGroup : WideConsumer<C> {
     constexpr float kFactor = 1.f / (1 << (C::MESSAGE_SHIFT - C::SHIFT));
 #pragma unroll
     for (int v = 0; v < 4; v++) {
-      const uint4 all = *this->message(v);
-      const uint32_t m[4] = {all.x, all.y, all.z, all.w};
+      uint32_t m[4 * C::MESSAGES];
+#pragma unroll
+      for (int i = 0; i < C::MESSAGES; i++) {
+        const uint4 all = *this->message(v * C::MESSAGES + i);
+        m[4 * i] = all.x;
+        m[4 * i + 1] = all.y;
+        m[4 * i + 2] = all.z;
+        m[4 * i + 3] = all.w;
+      }
 #pragma unroll
       for (int u = 0; u < 4; u++) {
         const int j = 2 * v + u / 2, i = u % 2;
-        const float2 delta = this->of_queries(S::DELTA, q.stage(), j), x = unpack<Fp16>(m[u]);
+        const float2 delta = this->of_queries(S::DELTA, q.stage(), j);
+        float2 x;
+        if constexpr (C::FP32_MESSAGE) {
+          x = make_float2(__uint_as_float(m[2 * u]), __uint_as_float(m[2 * u + 1]));
+        } else {
+          x = unpack<Fp16>(m[u]);
+        }
         packed[2 * j + i] =
             pack<T>(x.x * kFactor * (dp[4 * j + 2 * i] - delta.x), x.y * kFactor * (dp[4 * j + 2 * i + 1] - delta.y));
       }
@@ -262,8 +283,10 @@ template <class C> struct QueryGroup : WideConsumer<C> {
 
   float dq[32];
 
-  // A warp has room for two quarters of its 16 rows.
-  DEVICE uint32_t memory(int quarter) const { return base + S::DQ + this->warp * C::BLOCK_BYTES + quarter % 2 * 4096; }
+  // A warp has room for one or two quarters of its 16 rows.
+  DEVICE uint32_t memory(int quarter) const {
+    return base + S::DQ + this->warp * (C::DQ_BUFFERS * 4096) + quarter % C::DQ_BUFFERS * 4096;
+  }
 
   DEVICE void multiply(int quarter) {
     const uint64_t a = this->tile(S::DS), b = this->tile(S::K + quarter * C::BLOCK_BYTES);
@@ -280,7 +303,7 @@ template <class C> struct QueryGroup : WideConsumer<C> {
   }
   // In the order of BackwardConsumer::store_dq.
   DEVICE void store(int quarter) const {
-    if (this->lane == 0) bulk_wait_read<1>();  // the last but one has left its memory
+    if (this->lane == 0) bulk_wait_read<C::DQ_BUFFERS - 1>();  // what was there has left
     __syncwarp();
     const int row = (this->lane & 7) + (this->lane >> 4) * 8, odd = (this->lane >> 3) & 1;
 #pragma unroll

@@ -14,16 +14,20 @@ template <class T_, bool INTERVAL_, bool SOFTCAP_> struct WideConfig {
   static constexpr int Q_STAGES = 2, HALVES = 3;
   static constexpr int BLOCK_BYTES = 64 * 128;  // of 64 rows by 64 columns of 16 bits, or by 32 of fp32
   static constexpr int HALF_BYTES = 2 * BLOCK_BYTES, TILE_BYTES = 2 * HALF_BYTES;
-  // P, dS and the sums are 2^SHIFT times themselves, as in the other kernel; between warpgroups P goes as fp16 of 2^14
-  // P, which has enough digits not to add to the error of dS in 16 bits, and range down to P = 4e-9.
-  static constexpr int SHIFT = backward_shift(T::is_bf16), MESSAGE_SHIFT = 14;
+  // P, dS and the sums are 2^SHIFT times themselves, as in the other kernel. Between warpgroups P goes as fp16 of 2^14
+  // P, which has enough digits not to add to the error of dS in bf16, and range down to P = 4e-9. To that of dS in fp16
+  // it would add a fifth: there P goes as fp32, and dQ on its way out gives up one of its two buffers for that.
+  static constexpr bool FP32_MESSAGE = !T::is_bf16;
+  static constexpr int SHIFT = backward_shift(T::is_bf16), MESSAGE_SHIFT = FP32_MESSAGE ? SHIFT : 14;
+  static constexpr int MESSAGES = FP32_MESSAGE ? 2 : 1, DQ_BUFFERS = FP32_MESSAGE ? 1 : 2;
   static constexpr int THREADS = 512;
 };
 
 template <class C> struct WideShared {
   static constexpr int K = 0, V = K + C::TILE_BYTES, Q = V + C::TILE_BYTES, DOUT = Q + C::Q_STAGES * C::TILE_BYTES;
-  static constexpr int P = DOUT + C::HALVES * C::HALF_BYTES, DS = P + C::BLOCK_BYTES, DQ = DS + C::BLOCK_BYTES;
-  static constexpr int LSE = DQ + 4 * C::BLOCK_BYTES, DELTA = LSE + C::Q_STAGES * C::QUERIES * 4;
+  static constexpr int P = DOUT + C::HALVES * C::HALF_BYTES, DS = P + C::MESSAGES * C::BLOCK_BYTES,
+                       DQ = DS + C::BLOCK_BYTES;
+  static constexpr int LSE = DQ + 2 * C::DQ_BUFFERS * C::BLOCK_BYTES, DELTA = LSE + C::Q_STAGES * C::QUERIES * 4;
   // lse and delta come and go with the tile of queries.
   static constexpr int KV_FULL = DELTA + C::Q_STAGES * C::QUERIES * 4, Q_FULL = KV_FULL + 8,
                        Q_EMPTY = Q_FULL + 8 * C::Q_STAGES, DOUT_FULL = Q_EMPTY + 8 * C::Q_STAGES,
@@ -116,7 +120,7 @@ template <class C> struct WideConsumer {
   DEVICE float2 of_queries(int vectors, int stage, int j) const {
     return *reinterpret_cast<const float2*>(shared + vectors + 4 * (stage * C::QUERIES + 8 * j + 2 * (lane & 3)));
   }
-  // What the first warpgroup's thread hands to the second's in the same place: four times 16 bytes.
+  // What the first warpgroup's thread hands to the second's in the same place, by 16 bytes.
   DEVICE uint4* message(int i) const { return reinterpret_cast<uint4*>(shared + S::P) + 128 * i + (threadIdx.x & 127); }
 
   // [64 keys][64 queries] = keys queries^T. The queries' columns are halves in two places.
