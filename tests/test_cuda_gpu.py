@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -72,15 +73,34 @@ LONG = [
     # Backward in more than one wave, of which every other one walks the other way, and in groups of heads.
     Case("waves", 2500, 2500, "causal", nheads=16, nheads_kv=8),
     Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
-    Case("groups", 16, 2100, "causal", offset=1500, nheads=264, nheads_kv=264, batch=2),
-    Case("groups-grouped-query", 16, 4300, "causal", offset=4284, nheads=264, nheads_kv=132),
+]
+GROUPS = [  # of key heads, as many as make many waves of key tiles
+    Case("groups", 16, 4300, "causal", offset=3900, nheads=132, nheads_kv=132, batch=2, headdim=64),
+    Case("groups-grouped-query", 16, 4300, "causal", offset=4284, nheads=264, nheads_kv=132, headdim=64),
+    Case("groups-256", 200, 2100, "causal", offset=1900, nheads=80, nheads_kv=40, headdim=256),
 ]
 
 
+class Unordered(CudaKernel):
+    """The checks ask for gradients in a fixed order where there is one; this one gives the usual ones."""
+
+    def backward(self, *tensors: Any, deterministic: bool, **options: Any) -> None:
+        super().backward(*tensors, deterministic=False, **options)
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, Unordered()], ids=["ordered", "unordered"])
+@pytest.mark.parametrize(
+    "case", [*(dataclasses.replace(case, headdim=d) for d in (64, 128, 256) for case in LONG), *GROUPS],
+    ids=lambda case: f"{case}-{case.headdim}",
+)  # fmt: skip
+def test_long(case: Case, kernel: CudaKernel) -> None:
+    check(kernel, case, torch.bfloat16, "cuda", times=2)
+
+
 @pytest.mark.parametrize("headdim", [64, 128, 256])
-@pytest.mark.parametrize("case", LONG, ids=str)
-def test_long(case: Case, headdim: int) -> None:
-    check(KERNEL, dataclasses.replace(case, headdim=headdim), torch.bfloat16, "cuda", times=2)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_unordered(case: Case, headdim: int) -> None:
+    check(Unordered(), dataclasses.replace(case, headdim=headdim), torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["plain", "strided"])
