@@ -75,8 +75,8 @@ LONG = [
     Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
 ]
 GROUPS = [  # of key heads, as many as make many waves of key tiles
-    Case("groups", 16, 4300, "causal", offset=3900, nheads=132, nheads_kv=132, batch=2, headdim=64),
-    Case("groups-grouped-query", 16, 4300, "causal", offset=4284, nheads=264, nheads_kv=132, headdim=64),
+    Case("groups", 16, 4300, "causal", offset=3900, nheads=132, nheads_kv=132, batch=2, headdim=16),
+    Case("groups-grouped-query", 16, 4300, "causal", offset=4284, nheads=264, nheads_kv=132, headdim=16),
     Case("groups-256", 200, 2100, "causal", offset=1900, nheads=80, nheads_kv=40, headdim=256),
 ]
 
