@@ -36,7 +36,7 @@ export SEQPAR_ATTN_CUDA ?= 0
 
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
-.PHONY: demo test lint types csrc-check csrc-test gpu-test gpu-memcheck gpu-bench clean venv
+.PHONY: demo test lint types csrc-check csrc-test gpu-test gpu-memcheck gpu-sanitize gpu-bench clean venv
 
 venv: $(STAMP)
 
@@ -100,6 +100,21 @@ gpu-memcheck:
 	@$(gpu_python)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 	    $$python -m pytest tests/test_attention_gpu.py -m gpu -q -k 'small_odd or one_token' $(PYTEST_ARGS)
+
+# Every kernel of csrc under every tool, side by side; what they say is in out/sanitize.
+gpu-sanitize:
+	@$(gpu_python)
+	mkdir -p out/sanitize
+	export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+	pids=()
+	for what in memcheck:forward memcheck:backward racecheck:small initcheck:small synccheck:small; do
+	    compute-sanitizer --tool $${what%:*} --error-exitcode 9 $$python tests/sanitize.py $${what#*:} \
+	        > out/sanitize/$${what/:/-}.log 2>&1 & pids+=($$!)
+	done
+	failed=0
+	for pid in $${pids[@]}; do wait $$pid || failed=1; done
+	tail -n 1 out/sanitize/*.log
+	exit $$failed
 
 gpu-bench:
 	@$(gpu_python)
