@@ -17,8 +17,8 @@ struct BackwardParams {
   int* order;  // deterministic: [batch, nheads, query tiles, 8 warps], zeroed ints, returned zeroed
   int seqlen_q, seqlen_k, batch, nheads, group;  // group: query heads per key head
   int head_groups;                               // groups of key heads per batch, see key_head
-  int stagger;      // FULL: by how many tiles the walks of neighbouring key tiles begin apart
-  int wave;                                      // CTAs that run side by side; 0: all walk up
+  int stagger;  // FULL: by how many tiles the walks of neighbouring key tiles begin apart
+  int wave;     // CTAs that run side by side; 0: all walk up
   int causal, offset;
   int query_tiles, key_tiles;  // per head; of all parts
   int key_tiles_per_part;
