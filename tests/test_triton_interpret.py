@@ -12,9 +12,12 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-def test_interpreter() -> None:
+@pytest.mark.timeout(900)  # six minutes of processor time on a slow machine
+@pytest.mark.parametrize("which", ["pointers", "not pointers"])
+def test_interpreter(which: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "interpreter")]
+    chosen = ["-k", which, str(TESTS / "interpreter")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
