@@ -84,7 +84,7 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
       x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles, BackwardServed<C>::TILES_TOGETHER);
   p.head_groups = x.nheads_kv / together;
   if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first
-    p.wave = multiprocessors(x.sm_margin);
+    p.wave = multiprocessors(0);
     if (!p.wave) return cudaErrorInvalidDevice;
   }
   const dim3 grid(together, p.key_tiles, x.batch * p.head_groups);

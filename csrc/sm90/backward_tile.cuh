@@ -84,7 +84,7 @@ template <int STAGES> class Ring {
   int index = 0, round = 0;
 };
 
-// The order in which query tiles are walked over.
+// The order in which query tiles are walked over. Who begins late comes round to the first one.
 template <class C> DEVICE int begin_tile(const BackwardParams& p, const BackwardTile& t) {
   if (t.down) return t.end - 1;
   return C::STAGGERED && p.stagger ? key_tile() * p.stagger % p.query_tiles : t.first;
