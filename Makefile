@@ -101,14 +101,19 @@ gpu-memcheck:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 	    $$python -m pytest tests/test_attention_gpu.py -m gpu -q -k 'small_odd or one_token' $(PYTEST_ARGS)
 
-# Every kernel of csrc under every tool, side by side; what they say is in out/sanitize.
+# Every kernel of csrc under every tool, side by side; what they say is in out/sanitize. racecheck needs a library in
+# which every lane arrives at barriers itself (csrc/common/barrier.cuh).
 gpu-sanitize:
 	@$(gpu_python)
 	mkdir -p out/sanitize
+	cmake -S . -B build/racecheck -G Ninja -DSEQPAR_ATTN_ARCHS=90a -DCMAKE_CUDA_FLAGS=-DSEQPAR_ATTN_RACECHECK >/dev/null
+	cmake --build build/racecheck >/dev/null
+	race=$$(find $$PWD/build/racecheck -name 'libseqpar_attn.so')
 	export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 	pids=()
 	for what in memcheck:forward memcheck:backward racecheck:small initcheck:small synccheck:small; do
-	    compute-sanitizer --tool $${what%:*} --error-exitcode 9 $$python tests/sanitize.py $${what#*:} \
+	    if [ $${what%:*} = racecheck ]; then library=$$race; else library=$${SEQPAR_ATTN_LIBRARY:-}; fi
+	    SEQPAR_ATTN_LIBRARY=$$library compute-sanitizer --tool $${what%:*} --error-exitcode 9 $$python tests/sanitize.py $${what#*:} \
 	        > out/sanitize/$${what/:/-}.log 2>&1 & pids+=($$!)
 	done
 	failed=0

@@ -120,10 +120,10 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
 
             return Contender(call)
 
-        def backward(carry: bool, *, kernel=kernel, s=(data, lses, deltas), grads=grads):
+        def backward(carry: bool, fixed: bool = False, *, kernel=kernel, s=(data, lses, deltas), grads=grads):
             def call(i: int) -> None:
                 x, lse, delta = (t[i % SETS] for t in s)
-                flags = {"carry_dq": carry, "carry_dkv": carry, "deterministic": False}
+                flags = {"carry_dq": carry, "carry_dkv": carry, "deterministic": fixed}
                 kernel.backward(
                     x.q, x.k, x.v, x.dout, lse, delta, *grads, mask, softmax_scale=scale, softcap=None, **flags
                 )
@@ -137,7 +137,7 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
                 "continue": forward(True, True, False),
                 "last": forward(True, True, True),
             },
-            "backward": {"write": backward(False), "add": backward(True)},
+            "backward": {"write": backward(False), "add": backward(True), "fixed order": backward(False, True)},
         }
         for (direction, contenders), factor in zip(cases.items(), (1.0, 2.5)):
             for n in range(SETS):  # the block's own lse and delta: values that a real pass would have
@@ -196,6 +196,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", help="ours to measure; default: all that are available")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"default: {' '.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help="head dim 128, length 4096, fewer rounds")
+    parser.add_argument("--carry", action="store_true", help="only what carrying and a fixed order cost")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # the plumbing, on a CPU
@@ -205,8 +206,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
     arguments.round_ms = 15.0 if arguments.quick else 30.0
-    arguments.carry = [] if arguments.shapes else CARRY
-    arguments.shapes = arguments.shapes or STANDARD + GROUPED
+    only_carry, arguments.carry = arguments.carry, [] if arguments.shapes else CARRY
+    arguments.shapes = arguments.shapes or ([] if only_carry else STANDARD + GROUPED)
     if arguments.backends is None:
         arguments.backends = [x for x in kernels.names() if x not in NOT_OURS and kernels.unavailable(x) is None]
     both = sorted(set(arguments.backends) & set(arguments.peers))

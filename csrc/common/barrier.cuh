@@ -19,6 +19,18 @@ DEVICE void barrier_expect(uint32_t barrier, int bytes) {
 DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// A warp's arrival, after all its lanes: kWarpArrivals of those that a phase counts. racecheck follows an mbarrier's
+// order only for the threads that arrive themselves, so for it (SEQPAR_ATTN_RACECHECK) all lanes do.
+#ifdef SEQPAR_ATTN_RACECHECK
+constexpr int kWarpArrivals = 32;
+DEVICE void warp_arrive(uint32_t barrier) { barrier_arrive(barrier); }
+#else
+constexpr int kWarpArrivals = 1;
+DEVICE void warp_arrive(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+#endif
 // mbarrier.try_wait.parity: until the phase of this parity has completed.
 DEVICE void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(

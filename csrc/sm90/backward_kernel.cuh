@@ -31,7 +31,7 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr bool AHEAD = SHIFT > 0 && !INTERVAL && !SOFTCAP;  // those need the registers
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
-  static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 128;
+  static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 168;
   static_assert(SHARED <= 232448, "shared memory");
   static_assert(2 * KEYS * D * 4 <= TILES, "dK and dV are staged in the memory of all tiles");
   static constexpr int THREADS = 384;
@@ -44,8 +44,8 @@ template <class C> struct BackwardShared {
   static constexpr int BARRIERS = DELTA + C::DOUT_STAGES * C::QUERIES * 4;
   static constexpr int KV_FULL = BARRIERS, Q_FULL = KV_FULL + 8, Q_EMPTY = Q_FULL + 24, DOUT_FULL = Q_EMPTY + 24,
                        DOUT_EMPTY = DOUT_FULL + 16, DS_FULL = DOUT_EMPTY + 16;
-  static constexpr int INNER = DS_FULL + 24;  // int2 per warpgroup: queries that see all of its keys
-  static_assert(INNER + 16 == C::SHARED, "the last bytes");
+  static constexpr int INNER = DS_FULL + 16;  // int2 per warp: queries that see all of its warpgroup's keys
+  static_assert(INNER + 64 == C::SHARED, "the last bytes");
   static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
 };
 
@@ -284,12 +284,14 @@ template <class C> struct BackwardConsumer {
     const int64_t head = static_cast<int64_t>(batch) * p.nheads + key_head(p, batch) * p.group + stored_head;
     return p.order + (head * p.query_tiles + stored_tile) * 8 + 4 * warpgroup + warp;
   }
-  // Those that see all keys of this warpgroup, in shared memory; each thread reads what it wrote itself.
-  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + warpgroup; }
+  // Those that see all keys of this warpgroup, in shared memory: a copy per warp.
+  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(shared + S::INNER) + 4 * warpgroup + warp; }
   DEVICE void set_bounds(int tile_key_) {
     tile_key = tile_key_;
     const int first = tile_key + 64 * warpgroup, last = first + 63;
-    *inner_queries() = make_int2(seeing_queries<C>(p, last).x, seeing_queries<C>(p, min(first, p.seqlen_k - 1)).y);
+    const int2 inner = make_int2(seeing_queries<C>(p, last).x, seeing_queries<C>(p, min(first, p.seqlen_k - 1)).y);
+    if (lane == 0) *inner_queries() = inner;
+    __syncwarp();
   }
 
   DEVICE void multiply_scores(int stage) {
@@ -332,7 +334,7 @@ template <class C> struct BackwardConsumer {
       next_scores();
       multiply_dk();
     }
-    if (lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
+    warp_arrive(base + S::DOUT_EMPTY + 8 * dout_stage);  // delta has been read, too
     // Both warpgroups' dS of the tile before. It also says that nobody reads the slot any more that is written next.
     const Ring<C::DS_SLOTS> before = slot.before();
     if (late_tile >= 0) barrier_wait(base + S::DS_FULL + 8 * before.stage(), before.parity());
@@ -358,8 +360,7 @@ template <class C> struct BackwardConsumer {
     if (lane == 0) bulk_wait_read();  // the dQ tile before has left its memory
     wgmma_wait<C::AHEAD ? 1 : 0>();
     pin(dq);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + S::DS_FULL + 8 * slot.stage());
+    warp_arrive(base + S::DS_FULL + 8 * slot.stage());
     if (late_tile >= 0) store_dq(dq);
     stored_tile = late_tile;
     stored_head = late_head;
@@ -368,7 +369,7 @@ template <class C> struct BackwardConsumer {
       pin(dk);
       pin(packed_ds);
     }
-    if (lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
+    warp_arrive(base + S::Q_EMPTY + 8 * q_stage);
     if constexpr (!C::AHEAD) pack_probabilities();
     late_tile = tile;
     late_head = head;
@@ -490,14 +491,15 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   if (threadIdx.x == 0) {
     barrier_init(base + S::KV_FULL, 1);
     for (int s = 0; s < C::Q_STAGES; s++) {
-      barrier_init(base + S::Q_FULL + 8 * s, 2);  // the copy engine's bytes, and the warp that brings lse
-      barrier_init(base + S::Q_EMPTY + 8 * s, 8);
+      barrier_init(base + S::Q_FULL + 8 * s,
+                   1 + kWarpArrivals);  // the copy engine's bytes, and the warp that brings lse
+      barrier_init(base + S::Q_EMPTY + 8 * s, 8 * kWarpArrivals);
     }
     for (int s = 0; s < C::DOUT_STAGES; s++) {
-      barrier_init(base + S::DOUT_FULL + 8 * s, 2);
-      barrier_init(base + S::DOUT_EMPTY + 8 * s, 8);
+      barrier_init(base + S::DOUT_FULL + 8 * s, 1 + kWarpArrivals);
+      barrier_init(base + S::DOUT_EMPTY + 8 * s, 8 * kWarpArrivals);
     }
-    for (int s = 0; s < C::DS_SLOTS; s++) barrier_init(base + S::DS_FULL + 8 * s, 8);
+    for (int s = 0; s < C::DS_SLOTS; s++) barrier_init(base + S::DS_FULL + 8 * s, 8 * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

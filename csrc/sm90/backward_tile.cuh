@@ -120,8 +120,7 @@ DEVICE void load_rows(const float* from, int64_t head_stride, float factor, floa
       const float y = x == -INFINITY ? x : fmaf(x, factor, shift);
       asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 4 * (ring.stage() * C::QUERIES + r)), "f"(y) : "memory");
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8 * ring.stage());
+    warp_arrive(full + 8 * ring.stage());
     ring.advance();
   });
 }

@@ -78,8 +78,7 @@ template <class C> struct ValueGroup : WideConsumer<C> {
       }
     }
   }
-  // All threads write the same, and each reads what it wrote itself.
-  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(this->shared + S::INNER); }
+  DEVICE int2* inner_queries() const { return reinterpret_cast<int2*>(this->shared + S::INNER) + this->warp; }
   DEVICE void form_p(int tile_key, int tile) {
     const int query = tile * C::QUERIES;
     const int2 inner = *inner_queries();
@@ -90,7 +89,7 @@ template <class C> struct ValueGroup : WideConsumer<C> {
       exponentials(No(), tile_key, query);
     }
     this->arrive(S::P_FULL);
-    if (this->lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q.stage());  // lse has been read, too
+    this->arrive(S::Q_EMPTY + 8 * q.stage());  // lse has been read, too
     q.advance();
   }
 
@@ -113,9 +112,9 @@ template <class C> struct ValueGroup : WideConsumer<C> {
     if (more) barrier_wait(base + S::Q_FULL + 8 * q.stage(), q.parity());
     multiply_scores();
     wgmma_wait<2>();
-    if (this->lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * slot0);
+    this->arrive(S::DOUT_EMPTY + 8 * slot0);
     wgmma_wait<1>();
-    if (this->lane == 0) barrier_arrive(base + S::DOUT_EMPTY + 8 * slot1);
+    this->arrive(S::DOUT_EMPTY + 8 * slot1);
     wgmma_wait<0>();
     pin(dv[0]);
     pin(dv[1]);
@@ -129,8 +128,11 @@ template <class C> struct ValueGroup : WideConsumer<C> {
     for (int i = 0; i < 64; i++) dv[0][i] = dv[1][i] = 0.f;
     const BackwardTile t = decode<C>(p);
     if (t.first < t.end) {
-      *inner_queries() =
-          make_int2(seeing_queries<C>(p, t.key + C::KEYS - 1).x, seeing_queries<C>(p, min(t.key, p.seqlen_k - 1)).y);
+      if (this->lane == 0) {
+        *inner_queries() =
+            make_int2(seeing_queries<C>(p, t.key + C::KEYS - 1).x, seeing_queries<C>(p, min(t.key, p.seqlen_k - 1)).y);
+      }
+      __syncwarp();
       barrier_wait(base + S::KV_FULL, 0);
       barrier_wait(base + S::Q_FULL, 0);
       multiply_scores();
@@ -149,7 +151,7 @@ template <class C> struct ValueGroup : WideConsumer<C> {
     } else if (p.carry_dkv) {
       return;
     }
-    named_sync(1, 384);  // nobody multiplies any more
+    this->wait_for_all();
     this->store_sums(dv, S::K, this->kUnshift, &this->maps.dv, 0);
   }
 };
@@ -219,9 +221,8 @@ template <class C> struct KeyGroup : WideConsumer<C> {
     return make_int2(slot0, slot1);
   }
   DEVICE void leave_dout(int2 slots) const {
-    if (this->lane != 0) return;
-    barrier_arrive(base + S::DOUT_EMPTY + 8 * slots.x);
-    barrier_arrive(base + S::DOUT_EMPTY + 8 * slots.y);
+    this->arrive(S::DOUT_EMPTY + 8 * slots.x);
+    this->arrive(S::DOUT_EMPTY + 8 * slots.y);
   }
 
   // dS and dK of one tile, dP of which is ready on entry, and dP of the next.
@@ -243,7 +244,7 @@ template <class C> struct KeyGroup : WideConsumer<C> {
     this->arrive(S::DS_FULL);
     const int2 slots = multiply_dp(more);
     wgmma_wait<1>();
-    if (this->lane == 0) barrier_arrive(base + S::Q_EMPTY + 8 * q_stage);
+    this->arrive(S::Q_EMPTY + 8 * q_stage);
     wgmma_wait<0>();
     pin(dk[0]);
     pin(dk[1]);
@@ -268,7 +269,7 @@ template <class C> struct KeyGroup : WideConsumer<C> {
     } else if (p.carry_dkv) {
       return;
     }
-    named_sync(1, 384);
+    this->wait_for_all();
     this->store_sums(dk, S::Q, p.scale * this->kUnshift, &this->maps.dk, 1);
   }
 };
@@ -342,7 +343,7 @@ template <class C> struct QueryGroup : WideConsumer<C> {
         for (int quarter = 0; quarter < 4; quarter++) {
           wgmma_wait<0>();
           pin(dq);
-          if (quarter == 3 && this->lane == 0) barrier_arrive(base + S::DS_EMPTY);
+          if (quarter == 3) this->arrive(S::DS_EMPTY);
           store(quarter);
           pin(dq);
           if (quarter < 3) multiply(quarter + 1);
@@ -352,7 +353,7 @@ template <class C> struct QueryGroup : WideConsumer<C> {
     } else if (p.carry_dkv) {
       return;
     }
-    named_sync(1, 384);
+    this->wait_for_all();
     if (this->lane == 0) bulk_wait();
   }
 };
@@ -367,14 +368,18 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   if (threadIdx.x == 0) {
     barrier_init(base + S::KV_FULL, 1);
     for (int s = 0; s < C::Q_STAGES; s++) {
-      barrier_init(base + S::Q_FULL + 8 * s, 3);   // the copy engine's bytes, and the warps that bring lse and delta
-      barrier_init(base + S::Q_EMPTY + 8 * s, 8);  // four warps each that read scores and sum dK
+      // The copy engine's bytes, and the warps that bring lse and delta; four warps each that read scores and sum dK.
+      barrier_init(base + S::Q_FULL + 8 * s, 1 + 2 * kWarpArrivals);
+      barrier_init(base + S::Q_EMPTY + 8 * s, 8 * kWarpArrivals);
     }
     for (int s = 0; s < C::HALVES; s++) {
       barrier_init(base + S::DOUT_FULL + 8 * s, 1);
-      barrier_init(base + S::DOUT_EMPTY + 8 * s, 8);
+      barrier_init(base + S::DOUT_EMPTY + 8 * s, 8 * kWarpArrivals);
     }
-    for (const int barrier : {S::P_FULL, S::P_EMPTY, S::DS_FULL, S::DS_EMPTY}) barrier_init(base + barrier, 4);
+    for (const int barrier : {S::P_FULL, S::P_EMPTY, S::DS_FULL, S::DS_EMPTY}) {
+      barrier_init(base + barrier, 4 * kWarpArrivals);
+    }
+    barrier_init(base + S::DONE, 12 * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

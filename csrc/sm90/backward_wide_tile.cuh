@@ -32,9 +32,9 @@ template <class C> struct WideShared {
   static constexpr int KV_FULL = DELTA + C::Q_STAGES * C::QUERIES * 4, Q_FULL = KV_FULL + 8,
                        Q_EMPTY = Q_FULL + 8 * C::Q_STAGES, DOUT_FULL = Q_EMPTY + 8 * C::Q_STAGES,
                        DOUT_EMPTY = DOUT_FULL + 8 * C::HALVES, P_FULL = DOUT_EMPTY + 8 * C::HALVES,
-                       P_EMPTY = P_FULL + 8, DS_FULL = P_EMPTY + 8, DS_EMPTY = DS_FULL + 8;
-  static constexpr int INNER = DS_EMPTY + 8;  // int2: queries that see all keys
-  static constexpr int BYTES = INNER + 8;
+                       P_EMPTY = P_FULL + 8, DS_FULL = P_EMPTY + 8, DS_EMPTY = DS_FULL + 8, DONE = DS_EMPTY + 8;
+  static constexpr int INNER = DONE + 8;  // int2 per warp of the first warpgroup: queries that see all keys
+  static constexpr int BYTES = INNER + 32;
   static_assert(INNER % 8 == 0, "aligned");
   static_assert(BYTES <= 232448, "shared memory");
   static_assert(P % 1024 == 0 && DS % 1024 == 0 && DQ % 1024 == 0, "swizzled tiles begin at multiples of 1024");
@@ -108,10 +108,12 @@ template <class C> struct WideConsumer {
   DEVICE uint64_t tile(int offset, int lead = 0) const {
     return descriptor((opaque(base) >> 4) + (offset >> 4) + ((lead >> 4) << 16));
   }
-  // One arrival per warp, after all its lanes.
-  DEVICE void arrive(int barrier) const {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + barrier);
+  DEVICE void arrive(int barrier) const { warp_arrive(base + barrier); }
+  // Until no warpgroup multiplies any more. An mbarrier: synccheck takes a named one that is come to by three ways for
+  // divergence.
+  DEVICE void wait_for_all() const {
+    arrive(S::DONE);
+    barrier_wait(base + S::DONE, 0);
   }
   // The tiles that this CTA walks over.
   DEVICE int steps(const BackwardTile& t) const { return (t.end - t.first) * p.group; }
