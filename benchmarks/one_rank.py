@@ -50,14 +50,20 @@ def _copy_batch() -> Any:
     return function
 
 
-def _copy_by_engines(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: int) -> None:
-    """Copy whole tensors with the copy engines: an ordinary copy inside one GPU's memory is a kernel, which finds no
+def _runs(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(target, source, bytes) of what is contiguous in both."""
+    if target.is_contiguous() and source.is_contiguous():
+        return [(target.data_ptr(), source.data_ptr(), target.nbytes)]
+    return [run for pair in zip(target.unbind(), source.unbind()) for run in _runs(*pair)]
+
+
+def _copy_by_engines(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: int) -> None:
+    """Copy (target, source) with the copy engines: an ordinary copy inside one GPU's memory is a kernel, which finds no
     room beside persistent ones and waits for their end, as no transfer over a link does."""
-    count = len(targets)
-    if not all(x.is_contiguous() for x in (*targets, *sources)):
-        raise ValueError("expected contiguous tensors to copy, got others")
-    addresses = [(ctypes.c_uint64 * count)(*[x.data_ptr() for x in tensors]) for tensors in (targets, sources)]
-    sizes = (ctypes.c_size_t * count)(*[x.nbytes for x in targets])
+    runs = [run for pair in pairs for run in _runs(*pair)]
+    count = len(runs)
+    addresses = [(ctypes.c_uint64 * count)(*[run[i] for run in runs]) for i in (0, 1)]
+    sizes = (ctypes.c_size_t * count)(*[run[2] for run in runs])
     in_order, prefer_overlap_with_compute = 1, 1
     attributes = _Attributes(order=in_order, flags=prefer_overlap_with_compute)
     first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
@@ -112,7 +118,9 @@ class OneRank:
         sources = [_source(tensor.shape, tensor.dtype) for _, tensor in messages]
         with torch.cuda.stream(self.stream):
             if messages:
-                _copy_by_engines([tensor for _, tensor in messages], sources, self.stream.cuda_stream)
+                _copy_by_engines(
+                    [(tensor, source) for (_, tensor), source in zip(messages, sources)], self.stream.cuda_stream
+                )
             event = torch.cuda.Event()
             event.record()
         return _Copied(self, event)
