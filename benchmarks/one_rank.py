@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import statistics
 import time
@@ -32,48 +31,6 @@ def _source(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return data
 
 
-class _Attributes(ctypes.Structure):
-    """CUmemcpyAttributes: order of accesses to the source, two hints (type, id), flags."""
-
-    _fields_ = [("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint)]
-
-
-@functools.cache
-def _copy_batch() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
-    try:
-        function = driver.cuMemcpyBatchAsync
-    except AttributeError:
-        raise RuntimeError("expected a driver with cuMemcpyBatchAsync (CUDA 12.8), or --transfers none") from None
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t] + [ctypes.c_void_p] * 2
-    function.argtypes += [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
-    return function
-
-
-def _runs(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(target, source, bytes) of what is contiguous in both."""
-    if target.is_contiguous() and source.is_contiguous():
-        return [(target.data_ptr(), source.data_ptr(), target.nbytes)]
-    return [run for pair in zip(target.unbind(), source.unbind()) for run in _runs(*pair)]
-
-
-def _copy_by_engines(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: int) -> None:
-    """Copy (target, source) with the copy engines: an ordinary copy inside one GPU's memory is a kernel, which finds no
-    room beside persistent ones and waits for their end, as no transfer over a link does."""
-    runs = [run for pair in pairs for run in _runs(*pair)]
-    count = len(runs)
-    addresses = [(ctypes.c_uint64 * count)(*[run[i] for run in runs]) for i in (0, 1)]
-    sizes = (ctypes.c_size_t * count)(*[run[2] for run in runs])
-    in_order, prefer_overlap_with_compute = 1, 1
-    attributes = _Attributes(order=in_order, flags=prefer_overlap_with_compute)
-    first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
-    code = _copy_batch()(
-        *addresses, sizes, count, ctypes.byref(attributes), ctypes.byref(first), 1, ctypes.byref(failed), stream
-    )
-    if code:
-        raise RuntimeError(f"cuMemcpyBatchAsync: code {code}, copy {failed.value}")
-
-
 class _Copied:
     def __init__(self, rank: OneRank, event: torch.cuda.Event):
         self.rank, self.event = rank, event
@@ -87,9 +44,8 @@ class _Copied:
 class OneRank:
     """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
 
-    ``transfers`` "engines": copies inside this GPU's memory by its copy engines. They read and write as much of it as
-    a rank that receives over a link and is read from at the same time, only faster than any link. "none": nothing is
-    copied.
+    ``transfers`` "device": copies inside this GPU's memory. They read and write as much of it as a rank that receives
+    over a link and is read from at the same time, only faster than any link. "none": nothing is copied.
     Records where steps begin.
     """
 
@@ -114,13 +70,11 @@ class OneRank:
         begin.record()
         self.begins.append(begin)
         self.stream.wait_stream(torch.cuda.current_stream())
-        messages = receives[0] if self.transfers == "engines" else []
+        messages = receives[0] if self.transfers == "device" else []
         sources = [_source(tensor.shape, tensor.dtype) for _, tensor in messages]
         with torch.cuda.stream(self.stream):
-            if messages:
-                _copy_by_engines(
-                    [(tensor, source) for (_, tensor), source in zip(messages, sources)], self.stream.cuda_stream
-                )
+            for (_, tensor), source in zip(messages, sources):
+                tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         return _Copied(self, event)
@@ -149,7 +103,7 @@ class Share:
         rank: int,
         tokens: int,
         heads: tuple[int, int, int],
-        transfers: str = "engines",
+        transfers: str = "device",
         backend: str = "auto",
     ):
         """``heads``: of the queries, of the keys, and their dimension."""
