@@ -1,4 +1,4 @@
-"""The public functions over NCCL, one process and one GPU per rank."""
+"""The public functions over NCCL, one process per rank: a GPU each, or all on one (see RankPool)."""
 
 import os
 import time
@@ -10,10 +10,11 @@ from attention_cases import METHODS, Inputs, check_error_rule, make_inputs, run,
 import seqpar_attn
 from seqpar_attn.testing.distributed import RankPool
 
+pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}")]
 ZIGZAG, DIST_FLASH = METHODS[0], METHODS[7]
-WORLD_SIZE = min(GPUS, 8)
+WORLD_SIZE = min(GPUS, 8) if GPUS > 1 else 3
+LONG = 8192 if GPUS > 1 else 2048  # tokens per rank
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +43,24 @@ def test_error_rule(pool, mask):
 
 
 def long_call(rank, world_size, seqlen):
-    """Transfers take long enough here to be caught out of order; loopback has the same data and no links."""
+    """Which results differ. Transfers take long enough here to be caught out of order; loopback has the same data and
+    no links, and a fixed order of sums makes what is right the same in every bit."""
     torch.manual_seed(0)
     x = make_inputs(seqlen, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
-    worst = {}
+    differ = []
     for method in (ZIGZAG, METHODS[9], DIST_FLASH):
         layout = seqpar_attn.get_layout(method.layout, world_size)
-        own = run(x, method, world_size, rank)
-        whole = run(x, method, world_size)
+        own = run(x, method, world_size, rank, deterministic=True)
+        whole = run(x, method, world_size, deterministic=True)
         for name, t in own.items():
             expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
-            worst[method.name, name] = (t.double() - expected.double()).norm().item() / expected.double().norm().item()
-    return worst
+            if not torch.equal(t, expected):
+                differ.append((method.name, name, (t.double() - expected.double()).abs().max().item()))
+    return differ
 
 
-def test_equals_virtual_ranks(pool):
-    for worst in pool.run(long_call, WORLD_SIZE * 8192):
-        assert max(worst.values()) < 1e-5, worst
+def test_same_bits_as_virtual_ranks(pool):
+    assert pool.run(long_call, WORLD_SIZE * LONG) == WORLD_SIZE * [[]]
 
 
 def differing(rank, world_size, seqlens):

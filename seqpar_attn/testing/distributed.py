@@ -1,4 +1,4 @@
-"""Run a function on N ranks: N processes of this machine, over gloo, or over NCCL with one GPU each.
+"""Run a function on N ranks: N processes of this machine, over gloo, or over NCCL on its GPUs.
 
 The processes come from multiprocessing's *forkserver* with torch preloaded: four ranks start in about two seconds,
 where ``spawn`` and torchrun take ten and plain ``fork`` hangs in the child's autograd threads. Ranks meet through a
@@ -56,7 +56,9 @@ class RankError(RuntimeError):
 class RankPool:
     """``world_size`` processes that run one function after another, all on one group.
 
-    ``backend`` is "gloo", or "nccl" for one GPU per process, which is then its current device.
+    ``backend`` is "gloo", or "nccl", for which the processes share the machine's GPUs out; each has its own as the
+    current device. Where there are fewer GPUs than ranks, every rank tells NCCL that it is a host of its own: NCCL
+    then goes through sockets, far slower than any link, but with its own streams, kernels and order of operations.
 
     The processes start at the first :meth:`run` and again after any failure, which leaves the group in an unknown
     state. Use it as a context manager, or call :meth:`close`. ``timeout`` (seconds) bounds every run, the start of
@@ -68,8 +70,8 @@ class RankPool:
             raise ValueError(f"expected world_size >= 1, got {world_size}")
         if backend not in ("gloo", "nccl"):
             raise ValueError(f"expected backend 'gloo' or 'nccl', got {backend!r}")
-        if backend == "nccl" and torch.cuda.device_count() < world_size:
-            raise ValueError(f"expected {world_size} GPUs for {world_size} ranks, got {torch.cuda.device_count()}")
+        if backend == "nccl" and not torch.cuda.is_available():
+            raise ValueError("expected a GPU for backend 'nccl', got none")
         self.backend = backend
         self.world_size = world_size
         self.timeout = timeout
@@ -211,7 +213,7 @@ def _serve(
             if not dist.is_initialized():
                 rendezvous = f"file://{folder}/rendezvous"
                 if backend == "nccl":
-                    torch.cuda.set_device(rank)
+                    _take_gpu(rank, world_size)
                 dist.init_process_group(
                     backend, rendezvous, timedelta(seconds=timeout), rank=rank, world_size=world_size
                 )
@@ -228,3 +230,10 @@ def _serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # no destructors: they may wait for ranks that are gone
+
+
+def _take_gpu(rank: int, world_size: int) -> None:
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if gpus < world_size:  # NCCL refuses two ranks of one host on one GPU
+        os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_NET="Socket")
