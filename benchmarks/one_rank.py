@@ -1,4 +1,4 @@
-"""One rank of W on one GPU: the real kernels, accumulators and buffers of a rank; transfers are stood in for."""
+"""One rank of W on one GPU: the real kernels, accumulators and buffers of a rank; transfers are local copies."""
 
 from __future__ import annotations
 
@@ -31,12 +31,6 @@ def _source(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return data
 
 
-@functools.cache
-def _on_host(shape: torch.Size, dtype: torch.dtype, role: str) -> torch.Tensor:
-    """Pinned, so that the copy engines reach it; every transfer of this shape in this direction goes here."""
-    return torch.randn(shape).to(dtype).pin_memory()
-
-
 class _Copied:
     def __init__(self, rank: OneRank, event: torch.cuda.Event):
         self.rank, self.event = rank, event
@@ -50,11 +44,9 @@ class _Copied:
 class OneRank:
     """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
 
-    ``transfers`` "host": the copy engines move what is sent to pinned host memory, and what is received from there, at
-    the same time. Multiprocessors have no part in it, as over NVLink with copy engines; PCIe is slower than NVLink.
-    "device": copies inside this GPU's memory, which are kernels. They read and write as much of it as a rank that
-    receives over a link and is read from at the same time, faster than any link, but begin only when multiprocessors
-    are free: after a persistent kernel. "none": nothing is copied. Records where steps begin.
+    ``transfers`` "device": copies inside this GPU's memory. They read and write as much of it as a rank that receives
+    over a link and is read from at the same time, only faster than any link. "none": nothing is copied.
+    Records where steps begin.
     """
 
     name = "one rank (simulated transfers)"
@@ -62,34 +54,27 @@ class OneRank:
     def __init__(self, world_size: int, rank: int, transfers: str):
         self.world_size, self.local_ranks = world_size, (rank,)
         self.transfers = transfers
-        self.stream, self.sending = torch.cuda.Stream(), torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()
         self.begins: list[torch.cuda.Event] = []
         self.host_seconds = 0.0
         """Host time spent in here, which is not that of the package."""
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Copied:
         start = time.perf_counter()
-        handle = self._exchange(sends[0], receives[0])
+        handle = self._exchange(receives)
         self.host_seconds += time.perf_counter() - start
         return handle
 
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Copied:
+    def _exchange(self, receives: Sequence[Sequence[Message]]) -> _Copied:
         begin = torch.cuda.Event(enable_timing=True)
         begin.record()
         self.begins.append(begin)
-        for stream in (self.stream, self.sending):
-            stream.wait_stream(torch.cuda.current_stream())
-        if self.transfers == "host":
-            with torch.cuda.stream(self.sending):
-                for _, tensor in sends:
-                    _on_host(tensor.shape, tensor.dtype, "sent").copy_(tensor, non_blocking=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        messages = receives[0] if self.transfers == "device" else []
+        sources = [_source(tensor.shape, tensor.dtype) for _, tensor in messages]
         with torch.cuda.stream(self.stream):
-            for _, tensor in receives if self.transfers != "none" else ():
-                if self.transfers == "host":
-                    tensor.copy_(_on_host(tensor.shape, tensor.dtype, "received"), non_blocking=True)
-                else:
-                    tensor.copy_(_source(tensor.shape, tensor.dtype))
-            self.stream.wait_stream(self.sending)
+            for (_, tensor), source in zip(messages, sources):
+                tensor.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         return _Copied(self, event)

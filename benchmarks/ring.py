@@ -2,8 +2,8 @@
 
     python3 benchmarks/ring.py --out benchmarks/results
 
-Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; --transfers says what stands in
-for the links (see one_rank.py): copy engines over PCIe, copies inside the GPU's memory, or nothing. "of ideal" is (single-device call on
+Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
+is a copy inside its memory on a side stream (or, with --transfers none, nothing). "of ideal" is (single-device call on
 the whole sequence) / W / (slowest rank). "makespan" plays the measured step times of all ranks through
 ``simulate_schedule`` with all dependencies between ranks: once with free links, once with the link given by --link
 (GB/s each way); those two columns are simulated. "host us/step" is Python's time per task of the schedule (the keys of
@@ -26,11 +26,7 @@ from one_rank import Share, bytes_per_token
 
 from seqpar_attn.schedule import Rates, simulate_schedule
 
-TRANSFERS = {
-    "host": "transfers go to and from pinned host memory, by the copy engines over PCIe",
-    "device": "transfers are copies inside its memory",
-    "none": "nothing is transferred",
-}
+TRANSFERS = {"device": "transfers are copies inside its memory", "none": "nothing is transferred"}
 HOST_PASSES = 9
 METHODS = {"zigzag": ("ring", "zigzag"), "dist_flash": ("dist_flash", "contiguous")}
 
@@ -149,7 +145,7 @@ def main() -> None:
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
     parser.add_argument(
-        "--transfers", choices=tuple(TRANSFERS), default="device", help="what stands in for the links"
+        "--transfers", choices=("device", "none"), default="device", help="what stands in for the links"
     )
     parser.add_argument("--backend", default="auto", help="whose kernels")
     parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
