@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct, an enumeration or the meaning of an argument does.
-#define SEQPAR_ATTN_ABI 2
+#define SEQPAR_ATTN_ABI 3
 
 #if defined(_WIN32)
 #define SEQPAR_ATTN_EXPORT __declspec(dllexport)
@@ -85,7 +85,9 @@ typedef struct {
   int32_t deterministic;  // dq is summed in a fixed order
   SeqparStrides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   SeqparRowStrides lse_strides, delta_strides;
-  int32_t* counter;  // if deterministic, zeroed ints that no other launch in flight uses; zeroed again afterwards
+  // Ints that no other launch in flight uses, as many as seqpar_attn_backward_counters says: zeroed before the first
+  // launch, and left for the next launch of any backward that is deterministic alike.
+  int32_t* counter;
 } SeqparBackward;
 
 // delta = rowsum(dout * out).

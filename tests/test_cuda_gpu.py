@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Any
 
@@ -13,6 +14,8 @@ from seqpar_attn import kernels
 from seqpar_attn.autograd import backward_pass, forward_pass
 from seqpar_attn.comm.loopback import Loopback
 from seqpar_attn.kernels.cuda import CudaKernel
+from seqpar_attn.kernels.cuda.library import load
+from seqpar_attn.kernels.cuda.structs import Backward, Problem
 from seqpar_attn.mask import Mask, MaskKind
 from seqpar_attn.plan import make_plan
 from seqpar_attn.validation import Call
@@ -70,6 +73,10 @@ LONG = [
     Case("cut-packed-mqa", 65, 5000, nheads=3, nheads_kv=1, strided=True),
     Case("cut-parts", 331, 1333, nheads=4, nheads_kv=2, parts=2),
     Case("cut-parts-softcap", 200, 2100, parts=3, softcap=2.0),
+    # Backward tiles cut along queries: of a wave that is not the only one, and of one that is, with parts and groups.
+    Case("cut-backward", 3000, 1500, nheads=12, nheads_kv=12),
+    Case("cut-backward-grouped", 1500, 1400, nheads=8, nheads_kv=4, batch=2, strided=True),
+    Case("cut-backward-parts", 2100, 1300, nheads=14, nheads_kv=7, parts=2, softcap=2.0),
     # Backward in more than one wave, of which every other one walks the other way, and in groups of heads.
     Case("waves", 2500, 2500, "causal", nheads=16, nheads_kv=8),
     Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
@@ -95,6 +102,21 @@ class Unordered(CudaKernel):
 )  # fmt: skip
 def test_long(case: Case, kernel: CudaKernel) -> None:
     check(kernel, case, torch.bfloat16, "cuda", times=2)
+
+
+def test_cut_backward() -> None:
+    """Key tiles of the last wave are cut where that helps: such a launch needs memory for the sums of pieces."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def ints(tiles: int, headdim: int = 128, mask: int = 0, deterministic: bool = False) -> int:
+        problem = Problem(batch=1, seqlen_q=4096, seqlen_k=128 * tiles, parts=1, nheads=1, nheads_kv=1, headdim=headdim,
+                          dtype=0, mask=mask, softmax_scale=1.0)  # fmt: skip
+        struct = Backward(problem=problem, deterministic=deterministic)
+        return load().seqpar_attn_backward_counters(ctypes.byref(struct))
+
+    assert ints(sms + 4) > 5 * 2 * 128 * 128 and ints(sms + 4, headdim=64) > 5 * 2 * 64 * 128
+    assert ints(sms) == ints(sms - 4) == ints(sms + 4, mask=1) == ints(sms + 4, headdim=256) == 0
+    assert ints(sms + 4, deterministic=True) == 4096 // 64 * 8
 
 
 @pytest.mark.parametrize("headdim", [64, 128, 256])

@@ -59,4 +59,17 @@ DEVICE void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::
 // Byte offset of a 16-byte chunk in a tile of 128-byte rows under the 128-byte swizzle (PTX ISA, "Swizzling modes").
 DEVICE uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+// Accumulators as rows of 128 bytes of fp32: a thread has columns 8 i + 2 (lane % 4) + {0, 1} of row lane / 4. Under
+// the swizzle the 32 bytes that four threads have of a row and of the next one lie in the same banks. So odd rows take
+// column groups i and i ^ 2 in turned order: `fp32_chunk` is the chunk for both, and what is loaded or stored there
+// must be swapped.
+DEVICE int fp32_chunk(int i, int lane) { return (2 * (i % 4) + ((lane & 3) >> 1)) ^ (lane & 4); }
+DEVICE void swap_in_odd_rows(float2& a, float2& b, int lane) {
+  const float2 x = a;
+  if (lane & 4) {
+    a = b;
+    b = x;
+  }
+}
+
 }  // namespace seqpar

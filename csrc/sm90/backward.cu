@@ -1,4 +1,8 @@
 // Chooses the backward kernel.
+#include <algorithm>
+
+#include "../common/launch.h"
+#include "backward_grid.h"
 #include "backward_instances.h"
 #include "launch.h"
 #include "problem.h"
@@ -26,13 +30,16 @@ template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stre
 int64_t backward_counters(const SeqparBackward& a) {
   const SeqparProblem& x = a.problem;
   const int queries = x.headdim <= 64 ? 128 : 64;  // of a tile, see backward_instance.cuh
+  if (!a.deterministic) {
+    return cut_ints(backward_cut(a, queries, 128, std::max(1, multiprocessors(0))), x.headdim <= 64 ? 64 : 128);
+  }
   return static_cast<int64_t>(x.batch) * x.nheads * ((x.seqlen_q + queries - 1) / queries) * 8;
 }
 
 int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   if (!valid(x)) return kBadArgument;
-  if ((a.round_dkv && a.carry_dkv) || (a.deterministic && !a.counter)) return kBadArgument;
+  if ((a.round_dkv && a.carry_dkv) || !a.counter) return kBadArgument;
   if (x.mask == SEQPAR_INTERVAL && (!x.query_lo || !x.query_hi)) return kBadArgument;
   if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);
   if (x.dtype == SEQPAR_FP16) return by_headdim<Fp16>(a, stream);

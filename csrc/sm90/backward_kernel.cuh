@@ -18,6 +18,9 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   // queries of a tile are needed from its scores to its dK, longer than its dout.
   static constexpr int Q_STAGES = 3, DOUT_STAGES = 2, DS_SLOTS = 2;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
+  // Whether there may be pieces of tiles, see BackwardCut. With D = 64 the code for them costs 2% whenever it is not
+  // used.
+  static constexpr bool CUT = D == 128 && !INTERVAL;
   static constexpr bool STAGGERED = false;  // measured: no difference
   static constexpr int BLOCKS = D / 64;     // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;
@@ -31,7 +34,7 @@ template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct 
   static constexpr bool AHEAD = SHIFT > 0 && !INTERVAL && !SOFTCAP;  // those need the registers
   static constexpr int TILES =
       2 * KEY_BYTES + (Q_STAGES + DOUT_STAGES) * QUERY_BYTES + DS_SLOTS * SCORE_BYTES + 2 * DQ_BYTES;
-  static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 168;
+  static constexpr int SHARED = TILES + (Q_STAGES + DOUT_STAGES) * QUERIES * 4 + 176;
   static_assert(SHARED <= 232448, "shared memory");
   static_assert(2 * KEYS * D * 4 <= TILES, "dK and dV are staged in the memory of all tiles");
   static constexpr int THREADS = 384;
@@ -42,20 +45,20 @@ template <class C> struct BackwardShared {
   static constexpr int DS = DOUT + C::DOUT_STAGES * C::QUERY_BYTES, DQ = DS + C::DS_SLOTS * C::SCORE_BYTES;
   static constexpr int LSE = DQ + 2 * C::DQ_BYTES, DELTA = LSE + C::Q_STAGES * C::QUERIES * 4;
   static constexpr int BARRIERS = DELTA + C::DOUT_STAGES * C::QUERIES * 4;
-  static constexpr int KV_FULL = BARRIERS, Q_FULL = KV_FULL + 8, Q_EMPTY = Q_FULL + 24, DOUT_FULL = Q_EMPTY + 24,
-                       DOUT_EMPTY = DOUT_FULL + 16, DS_FULL = DOUT_EMPTY + 16;
+  static constexpr int K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, Q_EMPTY = Q_FULL + 24,
+                       DOUT_FULL = Q_EMPTY + 24, DOUT_EMPTY = DOUT_FULL + 16, DS_FULL = DOUT_EMPTY + 16;
   static constexpr int INNER = DS_FULL + 16;  // int2 per warp: queries that see all of its warpgroup's keys
   static_assert(INNER + 64 == C::SHARED, "the last bytes");
   static_assert(DQ % 1024 == 0 && DS % 1024 == 0, "swizzled tiles begin at multiples of 1024");
 };
 
-template <class C> DEVICE void load_keys(const BackwardMaps& maps, const BackwardTile& t, uint32_t base) {
-  using S = BackwardShared<C>;
-  barrier_expect(base + S::KV_FULL, 2 * C::KEY_BYTES);
+// Keys, or values.
+template <class C>
+DEVICE void load_keys(const CUtensorMap* map, const BackwardTile& t, uint32_t target, uint32_t full) {
+  barrier_expect(full, C::KEY_BYTES);
   for (int block = 0; block < C::BLOCKS; block++) {
-    const BoxAt at = {64 * block, t.key, t.key_head, t.batch, t.part};
-    load_box(base + S::K + block * (C::KEYS * 128), &maps.k, base + S::KV_FULL, at, kEvictFirst);
-    load_box(base + S::V + block * (C::KEYS * 128), &maps.v, base + S::KV_FULL, at, kEvictFirst);
+    load_box(target + block * (C::KEYS * 128), map, full, {64 * block, t.key, t.key_head, t.batch, t.part},
+             kEvictFirst);
   }
 }
 
@@ -76,6 +79,15 @@ DEVICE void load_tiles(const CUtensorMap* map, const BackwardParams& p, const Ba
   });
 }
 
+// An accumulator of these keys, into the L2 cache: soon it will be added to.
+template <class C> DEVICE void prefetch_sums(const CUtensorMap* map, const BackwardTile& t) {
+  for (int rows = 0; rows < C::KEYS; rows += 64) {
+    for (int column = 0; column < C::D; column += 32) {
+      prefetch_box(map, {column, t.key + rows, t.key_head, t.batch, t.part});
+    }
+  }
+}
+
 // `warp`: which producer this is.
 template <class C>
 DEVICE void backward_producer(const BackwardMaps& maps, const BackwardParams& p, uint32_t base, int warp) {
@@ -84,10 +96,13 @@ DEVICE void backward_producer(const BackwardMaps& maps, const BackwardParams& p,
   if (t.first >= t.end) return;
   const bool first_lane = (threadIdx.x & 31) == 0;
   if (warp == 0 && first_lane) {
-    load_keys<C>(maps, t, base);
+    load_keys<C>(&maps.k, t, base + S::K, base + S::K_FULL);
     load_tiles<C, C::Q_STAGES>(&maps.q, p, t, base + S::Q, base + S::Q_FULL, base + S::Q_EMPTY);
+    if (p.carry_dkv && t.cut < 0) prefetch_sums<C>(&maps.dk, t);
   } else if (warp == 1 && first_lane) {
+    load_keys<C>(&maps.v, t, base + S::V, base + S::V_FULL);
     load_tiles<C, C::DOUT_STAGES>(&maps.dout, p, t, base + S::DOUT, base + S::DOUT_FULL, base + S::DOUT_EMPTY);
+    if (p.carry_dkv && t.cut < 0) prefetch_sums<C>(&maps.dv, t);
   } else if (warp == 2) {
     // Rows without keys keep -inf, and rows outside get it, so that their P is 0.
     load_rows<C, C::Q_STAGES>(p.lse + t.batch * p.lse_batch, p.lse_head, -kLog2E, C::SHIFT, -INFINITY, p, t,
@@ -120,6 +135,7 @@ template <class C> struct BackwardConsumer {
   float dp[QUERIES / 2];
   uint32_t packed_p[QUERIES / 4], half_p[QUERIES / 4], packed_ds[QUERIES / 4];
   int tile_key;
+  int first_head;  // of the group, CUT
 
   DEVICE BackwardConsumer(const BackwardMaps& maps, const BackwardParams& p, uint8_t* shared)
       : maps(maps), p(p), shared(shared), base(shared_address(shared)) {
@@ -271,7 +287,7 @@ template <class C> struct BackwardConsumer {
       const int column = D == 128 ? 64 * warpgroup : 0;
       const int row = stored_tile * QUERIES + (D == 128 ? 0 : 64 * warpgroup) + 16 * warp;
       if (p.order) wait_for_turn<C>(p, turns(), stored_tile);
-      const int head = key_head(p, batch) * p.group + stored_head;
+      const int head = (C::CUT ? first_head : key_head(p, batch) * p.group) + stored_head;
       add_box(&maps.dq, memory, {column, row, head, batch, 0});
       add_box(&maps.dq, memory + 2048, {column + 32, row, head, batch, 0});
       bulk_commit();
@@ -281,7 +297,8 @@ template <class C> struct BackwardConsumer {
 
   // Deterministic: this warp's counter of turns.
   DEVICE int* turns() const {
-    const int64_t head = static_cast<int64_t>(batch) * p.nheads + key_head(p, batch) * p.group + stored_head;
+    const int own = C::CUT ? first_head : key_head(p, batch) * p.group;
+    const int64_t head = static_cast<int64_t>(batch) * p.nheads + own + stored_head;
     return p.order + (head * p.query_tiles + stored_tile) * 8 + 4 * warpgroup + warp;
   }
   // Those that see all keys of this warpgroup, in shared memory: a copy per warp.
@@ -380,13 +397,17 @@ template <class C> struct BackwardConsumer {
   DEVICE void stage_fp32(const float (&x)[D / 2], uint32_t memory, float factor) {
     const int r0 = warp * 16 + (lane >> 2), rest = (lane & 1) * 8;
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
+    for (int n = 0; n < D / 16; n++) {
+      const int i = 4 * (n / 2) + n % 2;
       uint8_t* block = shared + memory + (i / 4) * 8192;
-      const int chunk = 2 * (i % 4) + ((lane & 3) >> 1);
-      *reinterpret_cast<float2*>(block + swizzled(r0, chunk) + rest) =
-          make_float2(x[4 * i] * factor, x[4 * i + 1] * factor);
-      *reinterpret_cast<float2*>(block + swizzled(r0 + 8, chunk) + rest) =
-          make_float2(x[4 * i + 2] * factor, x[4 * i + 3] * factor);
+#pragma unroll
+      for (int row = 0; row < 2; row++) {
+        const float* y = x + 4 * i + 2 * row;
+        float2 u = make_float2(y[0] * factor, y[1] * factor), v = make_float2(y[8] * factor, y[9] * factor);
+        swap_in_odd_rows(u, v, lane);
+        *reinterpret_cast<float2*>(block + swizzled(r0 + 8 * row, fp32_chunk(i, lane)) + rest) = u;
+        *reinterpret_cast<float2*>(block + swizzled(r0 + 8 * row, fp32_chunk(i + 2, lane)) + rest) = v;
+      }
     }
   }
   // The same in the inputs' dtype, blocks of 64 columns.
@@ -433,6 +454,59 @@ template <class C> struct BackwardConsumer {
     }
   }
 
+  // Where a thread leaves its sums of a piece, four numbers at a time: [headdim / 4][128 threads][4].
+  DEVICE float* partial(int cut, int piece) const {
+    return p.partial + ((cut * (p.shorts + 1) + piece) * 2 + warpgroup) * (D * 128) + (threadIdx.x & 127) * 4;
+  }
+  // A piece leaves its sums, unless all others have. Returns whether all pieces of its tile are done now, and then has
+  // the sums of all.
+  DEVICE bool join(const BackwardTile& t) {
+    volatile int* done = reinterpret_cast<volatile int*>(shared + S::INNER);  // nobody asks it for queries any more
+    if (threadIdx.x == 0) {
+      int before;
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(before) : "l"(p.done + t.cut) : "memory");
+      *done = before;
+    }
+    named_sync(1, 256);
+    if (*done != p.shorts) {
+      float* to = partial(t.cut, t.piece);
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        float* x = to + i * 512;
+        *reinterpret_cast<float4*>(x) = make_float4(dk[4 * i], dk[4 * i + 1], dk[4 * i + 2], dk[4 * i + 3]);
+        *reinterpret_cast<float4*>(x + D * 64) = make_float4(dv[4 * i], dv[4 * i + 1], dv[4 * i + 2], dv[4 * i + 3]);
+      }
+      __threadfence();
+      named_sync(1, 256);
+      if (threadIdx.x == 0) {
+        *done = atomicAdd(p.done + t.cut, 1);
+        __threadfence();
+      }
+      named_sync(1, 256);
+      if (*done != p.shorts) return false;
+    }
+    if (threadIdx.x == 0) p.done[t.cut] = 0;
+#pragma unroll 1
+    for (int piece = 0; piece <= p.shorts; piece++) {
+      if (piece == t.piece) continue;
+      const float* from = partial(t.cut, piece);
+#pragma unroll
+      for (int i = 0; i < D / 8; i++) {
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(from + i * 512));
+        const float4 y = __ldcg(reinterpret_cast<const float4*>(from + i * 512 + D * 64));
+        dk[4 * i] += x.x;
+        dk[4 * i + 1] += x.y;
+        dk[4 * i + 2] += x.z;
+        dk[4 * i + 3] += x.w;
+        dv[4 * i] += y.x;
+        dv[4 * i + 1] += y.y;
+        dv[4 * i + 2] += y.z;
+        dv[4 * i + 3] += y.w;
+      }
+    }
+    return true;
+  }
+
   DEVICE void run() {
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0.f;
@@ -442,8 +516,9 @@ template <class C> struct BackwardConsumer {
       any = t.first < t.end;
       if (any) {
         batch = t.batch;
+        if constexpr (C::CUT) first_head = t.key_head * p.group;
         set_bounds(t.key);
-        barrier_wait(base + S::KV_FULL, 0);
+        barrier_wait(base + S::K_FULL, 0);
         barrier_wait(base + S::Q_FULL, 0);
         multiply_scores(0);
         wgmma_wait<0>();
@@ -451,6 +526,7 @@ template <class C> struct BackwardConsumer {
         int tile = begin_tile<C>(p, t);
         exponentials(tile, 0);
         pack_probabilities();
+        barrier_wait(base + S::V_FULL, 0);
         int left = (t.end - t.first) * p.group, h = 0;
         do {
           const int here = tile, head = h;
@@ -476,8 +552,11 @@ template <class C> struct BackwardConsumer {
         add_dq();
       }
     }
-    if (any || !p.carry_dkv) store_dkdv(decode<C>(p));  // again, so that nothing of it lives in the loop
-    bulk_wait();
+    const BackwardTile t = decode<C>(p);  // again, so that nothing of it lives in the loop
+    if (!C::CUT || t.cut < 0 || join(t)) {
+      if (any || !p.carry_dkv) store_dkdv(t);
+    }
+    bulk_wait_read();  // what is on its way to global memory arrives before the kernel ends
   }
 };
 
@@ -485,11 +564,13 @@ template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams p) {
   using S = BackwardShared<C>;
+  if (C::CUT && cta_number() >= p.ctas) return;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
   if (threadIdx.x == 0) {
-    barrier_init(base + S::KV_FULL, 1);
+    barrier_init(base + S::K_FULL, 1);
+    barrier_init(base + S::V_FULL, 1);
     for (int s = 0; s < C::Q_STAGES; s++) {
       barrier_init(base + S::Q_FULL + 8 * s,
                    1 + kWarpArrivals);  // the copy engine's bytes, and the warp that brings lse

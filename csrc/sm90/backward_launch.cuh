@@ -2,8 +2,11 @@
 #pragma once
 #include <math.h>
 
+#include <algorithm>
+
 #include "../common/launch.h"
 #include "../small/launch.h"
+#include "backward_grid.h"
 #include "backward_instances.h"
 #include "backward_kernel.cuh"
 #include "backward_wide_kernel.cuh"
@@ -83,11 +86,27 @@ template <class C> int32_t launch_backward(const SeqparBackward& a, cudaStream_t
   const int together =
       x.mask == SEQPAR_FULL ? 1 : key_heads_at_once(x.nheads_kv, p.key_tiles, BackwardServed<C>::TILES_TOGETHER);
   p.head_groups = x.nheads_kv / together;
+  p.at_once = multiprocessors(0);
+  if (!p.at_once) return cudaErrorInvalidDevice;
   if (x.mask != SEQPAR_FULL && !p.order) {  // in a fixed order, the first key tiles must come to a query tile first
-    p.wave = multiprocessors(0);
-    if (!p.wave) return cudaErrorInvalidDevice;
+    p.wave = p.at_once;
   }
-  const dim3 grid(together, p.key_tiles, x.batch * p.head_groups);
+  dim3 grid(together, p.key_tiles, x.batch * p.head_groups);
+  p.whole = p.ctas = INT32_MAX;
+  if constexpr (C::CUT) {
+    const int tiles = p.key_tiles * grid.z;
+    const BackwardCut cut = backward_cut(a, C::QUERIES, C::KEYS, p.at_once);
+    if (cut.rest) {
+      p.rest = cut.rest;
+      p.shorts = cut.shorts;
+      p.long_end = cut.long_end;
+      p.whole = tiles - cut.rest;
+      p.ctas = tiles + cut.rest * cut.shorts;
+      p.done = a.counter;
+      p.partial = reinterpret_cast<float*>(a.counter + kMostCutTiles);
+      grid.z = (p.ctas + p.key_tiles - 1) / p.key_tiles;
+    }
+  }
   kernel<<<grid, C::THREADS, kShared, stream>>>(maps, p);
   return cudaGetLastError();
 }

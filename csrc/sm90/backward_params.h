@@ -19,9 +19,14 @@ struct BackwardParams {
   int head_groups;                               // groups of key heads per batch, see key_head
   int stagger;  // FULL: by how many tiles the walks of neighbouring key tiles begin apart
   int wave;     // CTAs that run side by side; 0: all walk up
+  int at_once;  // CTAs that run side by side
   int causal, offset;
   int query_tiles, key_tiles;  // per head; of all parts
   int key_tiles_per_part;
+  int whole, ctas;  // FULL: CTAs with whole key tiles, CTAs in all; those between have pieces of tiles, which
+  int rest, shorts, long_end;  // see BackwardCut
+  int* done;                   // [rest], zeroed ints, returned zeroed: pieces that are done
+  float* partial;              // [rest, shorts + 1, 2 warpgroups, headdim / 4, 512], their sums
   int carry_dkv, round_dkv;
   float scale, scale_log2;  // softmax_scale; softcap only: exponents of two from capped scores
   float score_scale;        // softcap only: scores times this are capped by tanh

@@ -19,6 +19,7 @@ struct BackwardMaps {
 // every head.
 struct BackwardTile {
   int batch, key_head, part, key, first, end;
+  int cut, piece;  // which of the tiles that are cut, or -1, and which piece of it
   bool down;
 };
 
@@ -38,11 +39,23 @@ DEVICE int key_tile() { return blockIdx.y; }
 DEVICE int key_head(const BackwardParams& p, int batch) {
   return (blockIdx.z - batch * p.head_groups) * gridDim.x + blockIdx.x;
 }
+DEVICE int cta_number() { return blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z); }
 template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   BackwardTile t;
-  const int tile = key_tile();
-  t.batch = p.batch == 1 ? 0 : blockIdx.z / p.head_groups;
-  t.key_head = key_head(p, t.batch);
+  int tile = key_tile(), heads = blockIdx.z;
+  t.cut = -1;
+  t.piece = 0;
+  if constexpr (C::CUT) {
+    const int beyond = cta_number() - p.whole;
+    if (beyond >= 0) {  // long pieces first
+      t.piece = beyond / p.rest;
+      t.cut = beyond - t.piece * p.rest;
+      heads = (p.whole + t.cut) / p.key_tiles;
+      tile = p.whole + t.cut - heads * p.key_tiles;
+    }
+  }
+  t.batch = p.batch == 1 ? 0 : heads / p.head_groups;
+  t.key_head = (heads - t.batch * p.head_groups) * gridDim.x + blockIdx.x;
   t.part = 0;
   t.key = tile * C::KEYS;
   if (p.key_tiles_per_part < p.key_tiles) {
@@ -51,8 +64,12 @@ template <class C> DEVICE BackwardTile decode(const BackwardParams& p) {
   }
   t.end = end_query_tile<C>(p, t.key);
   t.first = min(first_query_tile<C>(p, t.key), t.end);
-  const int number = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  t.down = p.wave && number / p.wave % 2 == 0;
+  if (C::CUT && t.cut >= 0) {
+    const int left = p.query_tiles - p.long_end;
+    t.first = t.piece ? p.long_end + left * (t.piece - 1) / p.shorts : 0;
+    t.end = p.long_end + left * t.piece / p.shorts;
+  }
+  t.down = p.wave && cta_number() / p.wave % 2 == 0;
   return t;
 }
 

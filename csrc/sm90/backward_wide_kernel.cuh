@@ -354,7 +354,7 @@ template <class C> struct QueryGroup : WideConsumer<C> {
       return;
     }
     this->wait_for_all();
-    if (this->lane == 0) bulk_wait();
+    if (this->lane == 0) bulk_wait_read();
   }
 };
 

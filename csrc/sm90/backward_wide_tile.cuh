@@ -8,7 +8,7 @@ namespace seqpar::sm90 {
 template <class T_, bool INTERVAL_, bool SOFTCAP_> struct WideConfig {
   using T = T_;
   static constexpr int D = 256, QUERIES = 64, KEYS = 64;
-  static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
+  static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_, CUT = false;
   static constexpr bool STAGGERED = true;  // under FULL, or all CTAs of a head add to the same rows of dq at a time
   // Of dout there is room for one and a half tiles: it comes in halves of 128 columns.
   static constexpr int Q_STAGES = 2, HALVES = 3;

@@ -25,7 +25,7 @@ template <class C> struct ForwardConsumer {
   uint32_t probabilities[KEYS / 4];
   float m0, m1, l0, l1;    // reference of the exponentials (base 2), sum of this thread's
   float a0, a1;            // what out must be multiplied by
-  float c0, c1;            // carried lse, base 2
+  float c0, c1;            // carried lse
   int lo0, lo1, hi0, hi1;  // keys that rows r0 and r0 + 8 see, less this thread's first column
   int stage = 0, phase = 0;
 
@@ -230,8 +230,8 @@ template <class C> struct ForwardConsumer {
     c0 = c1 = -INFINITY;
     if (p.carry && t.slot < 0) {  // long before it is needed
       const float* lse = p.lse + t.batch * p.lse_batch + t.head * p.lse_head + row + r0;
-      if (row + r0 < p.seqlen_q) c0 = lse[0] * kLog2E;
-      if (row + r0 + 8 < p.seqlen_q) c1 = lse[8] * kLog2E;
+      if (row + r0 < p.seqlen_q) c0 = lse[0];
+      if (row + r0 + 8 < p.seqlen_q) c1 = lse[8];
     }
 #pragma unroll
     for (int i = 0; i < D / 2; i++) out[i] = 0.f;
@@ -367,6 +367,8 @@ template <class C> struct ForwardConsumer {
     a0 = a1 = 1.f;
     w0 = w1 = 0.f;
     if (p.carry) {
+      c0 *= kLog2E;  // not where they are loaded, which would wait for them
+      c1 *= kLog2E;
       const float x0 = fmaxf(m0, c0), x1 = fmaxf(m1, c1);
       const float z0 = x0 == -INFINITY ? 0.f : x0, z1 = x1 == -INFINITY ? 0.f : x1;
       a0 = exp2_fast(m0 - z0);
@@ -389,10 +391,10 @@ template <class C> struct ForwardConsumer {
     w1 *= i1;
   }
 
-  // Where columns 8 i + 2 (lane % 4) of row r lie in the staged fp32 tile.
+  // Where columns 8 i + 2 (lane % 4) of row r lie in the staged fp32 tile, in odd rows those of i ^ 2: see fp32_chunk.
   DEVICE float2* staged(int i, int r) const {
     return reinterpret_cast<float2*>(shared + (stage_memory() - base) + (i / 4) * 8192 +
-                                     swizzled(r, 2 * (i % 4) + ((lane & 3) >> 1)) + (lane & 1) * 8);
+                                     swizzled(r, fp32_chunk(i, lane)) + (lane & 1) * 8);
   }
   // Where they lie in global memory, from column 2 (lane % 4) on: four threads have 32 bytes of a row. A row past the
   // end has no columns.
@@ -425,12 +427,19 @@ template <class C> struct ForwardConsumer {
     }
     barrier_wait(base + S::CARRY_FULL + 8 * warpgroup, turn & 1);
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-      const float2 u = *staged(i, r0), v = *staged(i, r0 + 8);
-      out[4 * i] += u.x * w0;
-      out[4 * i + 1] += u.y * w0;
-      out[4 * i + 2] += v.x * w1;
-      out[4 * i + 3] += v.y * w1;
+    for (int n = 0; n < D / 16; n++) {
+      const int i = 4 * (n / 2) + n % 2;
+      float2 u[2] = {*staged(i, r0), *staged(i + 2, r0)}, v[2] = {*staged(i, r0 + 8), *staged(i + 2, r0 + 8)};
+      swap_in_odd_rows(u[0], u[1], lane);
+      swap_in_odd_rows(v[0], v[1], lane);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float* x = out + 4 * (i + 2 * h);
+        x[0] += u[h].x * w0;
+        x[1] += u[h].y * w0;
+        x[2] += v[h].x * w1;
+        x[3] += v[h].y * w1;
+      }
     }
   }
 
@@ -447,9 +456,16 @@ template <class C> struct ForwardConsumer {
       }
     } else if (p.keep) {
 #pragma unroll
-      for (int i = 0; i < D / 8; i++) {
-        *staged(i, r0) = make_float2(out[4 * i], out[4 * i + 1]);
-        *staged(i, r0 + 8) = make_float2(out[4 * i + 2], out[4 * i + 3]);
+      for (int n = 0; n < D / 16; n++) {
+        const int i = 4 * (n / 2) + n % 2;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+          const float* x = out + 4 * i + 2 * row;
+          float2 u = make_float2(x[0], x[1]), v = make_float2(x[8], x[9]);
+          swap_in_odd_rows(u, v, lane);
+          *staged(i, r0 + 8 * row) = u;
+          *staged(i + 2, r0 + 8 * row) = v;
+        }
       }
       shared_to_async();
       sync();

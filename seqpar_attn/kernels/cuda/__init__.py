@@ -112,7 +112,7 @@ class CudaKernel(PlainKernel):
                 out_strides=strides(out), lse_strides=_rows(lse),
             )  # fmt: skip
             fields = ("q", "k", "v", "lse", "out_acc", "out", "problem.key_lo", "problem.key_hi")
-            return make_plan("forward", struct, fields, counters=True)
+            return make_plan("forward", struct, fields, counters="forward")
 
         options = (mask.kind, mask.offset, softmax_scale, softcap, carry, keep, self._variant)
         with on_device_of(q):
@@ -155,7 +155,8 @@ class CudaKernel(PlainKernel):
             )  # fmt: skip
             fields = ("q", "k", "v", "dout", "lse", "delta", "dq", "dk", "dv")
             bounds = tuple(f"problem.{name}" for name in ("query_lo", "query_hi"))
-            return make_plan("backward", struct, fields + bounds, counters=deterministic)
+            counters = "backward in order" if deterministic else "backward"
+            return make_plan("backward", struct, fields + bounds, counters)
 
         arrays = (q, k, v, dout, lse, delta, dq, dk, dv, mask.query_lo, mask.query_hi)
         flags = (carry_dq, carry_dkv, deterministic, dk.dtype)

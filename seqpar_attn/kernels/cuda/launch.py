@@ -32,7 +32,9 @@ class Plan:
     counter: int | None
     """The word for the address of zeroed ints, and"""
     counters: int = 0
-    """how many of them."""
+    """how many of them, and"""
+    shared_by: str = ""
+    """which launches use the same ones, one after the other."""
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -46,9 +48,9 @@ def strides(x: torch.Tensor | None) -> Strides:
     return Strides(part[0] if part else 0, batch, seq, head)
 
 
-def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: bool = False) -> Plan:
-    """``fields``: those of the arrays' addresses; a dot leads into a nested struct. ``counters``: whether there are
-    any, as many as the library says."""
+def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counters: str = "") -> Plan:
+    """``fields``: those of the arrays' addresses; a dot leads into a nested struct. ``counters``: a name for those
+    launches that leave each other zeroed ints, as many as the library says."""
     library = load()
     function = getattr(library, f"seqpar_attn_{name}")
     count = ctypes.sizeof(struct) // 8
@@ -58,7 +60,7 @@ def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counte
     if not counters:
         return Plan(name, function, words, slots, None)
     most = getattr(library, f"seqpar_attn_{name}_counters")(ctypes.byref(struct))
-    return Plan(name, function, words, slots, _word(type(struct), "counter"), most)
+    return Plan(name, function, words, slots, _word(type(struct), "counter"), most, counters)
 
 
 def _word(struct: Any, field: str) -> int:
@@ -146,19 +148,19 @@ def _error(code: int) -> RuntimeError:
 
 
 _counters: dict[tuple[int, int, str], tuple[torch.Tensor, int, int]] = {}
-"""Per device, stream and function: ints, how many, and their address."""
+"""Per device, stream and kind of launch: ints, how many, and their address."""
 
 
 def _zeroed(device: int, stream: int, plan: Plan) -> int:
     """Address of zeroed ints that no other launch in flight uses: launches on one stream follow each other, and each
-    leaves to the next of its function what that expects zeroed."""
+    leaves to the next of its kind what that expects zeroed."""
     count = plan.counters
     if torch.cuda.is_current_stream_capturing():
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
-        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
-    known = _counters.get((device, stream, plan.name))
+        return torch.zeros(max(count, 1), dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
+    known = _counters.get((device, stream, plan.shared_by))
     if known is None or known[1] < count:
         size = max(count, 1024)
         ints = torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
-        known = _counters[device, stream, plan.name] = (ints, size, ints.data_ptr())
+        known = _counters[device, stream, plan.shared_by] = (ints, size, ints.data_ptr())
     return known[2]

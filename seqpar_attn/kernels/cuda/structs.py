@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar
 
-ABI = 2
+ABI = 3
 
 
 class Strides(ctypes.Structure):
