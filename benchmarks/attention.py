@@ -86,7 +86,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, skipped: dict[str, str]
         row = {"shape": shape._asdict(), "case": str(shape), "direction": direction, "difference": errors}
         row["results"] = {name: timing.as_dict(shape.flops * factor) for name, timing in timings.items()}
         row["ratios"] = {
-            name: {other: timings[other].median / timings[name].median for other in arguments.peers if other in timings}
+            name: {other: timings[name].faster_than(timings[other]) for other in arguments.peers if other in timings}
             for name in arguments.backends
             if name in timings
         }
@@ -96,7 +96,8 @@ def measure(shape: Shape, arguments: argparse.Namespace, skipped: dict[str, str]
 def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
     """What carrying costs: the same block alone, first, in the middle and last; gradients written and added to.
 
-    The gradient kernels only: delta and the conversion to bf16 happen once per pass, not per block.
+    The gradient kernels only, adding to dq: delta, zeroing dq and its conversion to bf16 happen once per pass, not per
+    block.
     """
     device, scale, mask = arguments.device, shape.headdim**-0.5, shape.block_mask
     for name in arguments.backends:
@@ -123,7 +124,7 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
         def backward(carry: bool, fixed: bool = False, *, kernel=kernel, s=(data, lses, deltas), grads=grads):
             def call(i: int) -> None:
                 x, lse, delta = (t[i % SETS] for t in s)
-                flags = {"carry_dq": carry, "carry_dkv": carry, "deterministic": fixed}
+                flags = {"carry_dq": True, "carry_dkv": carry, "deterministic": fixed}
                 kernel.backward(
                     x.q, x.k, x.v, x.dout, lse, delta, *grads, mask, softmax_scale=scale, softcap=None, **flags
                 )
@@ -144,14 +145,14 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
                 cases["forward"]["only"].call(n)
                 deltas[n].copy_(kernel.delta(outs[n], data[n].dout))
             timings = interleaved(contenders, device, rounds=arguments.rounds, round_ms=arguments.round_ms)
-            plain = next(iter(timings.values())).median
+            plain = next(iter(timings.values()))
             yield {
                 "shape": shape._asdict(),
                 "case": str(shape),
                 "direction": direction,
                 "backend": name,
                 "results": {key: timing.as_dict(shape.flops * factor) for key, timing in timings.items()},
-                "cost": {key: timing.median / plain - 1 for key, timing in timings.items()},
+                "cost": {key: plain.faster_than(timing) - 1 for key, timing in timings.items()},
             }
 
 
@@ -173,7 +174,7 @@ def render(payload: dict[str, Any], backends: list[str], peers: list[str]) -> st
         ratios = [row["ratios"].get(a, {}).get(b) for a in ours for b in others]
         cells = [_speed(row["results"].get(name)) for name in names]
         lines.append([row["case"], row["direction"], *cells, *("-" if x is None else f"{x:.2f}" for x in ratios)])
-    parts = [describe(payload["machine"]), "TFLOP/s, median (slowest-fastest round); ratios of medians", ""]
+    parts = [describe(payload["machine"]), "TFLOP/s, median (slowest-fastest round); ratios: medians over rounds", ""]
     parts += [markdown(header, lines)] if lines else []
     for direction in ("forward", "backward"):
         chosen = [row for row in payload["carry"] if row["direction"] == direction]
@@ -204,8 +205,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.device = (
         torch.device("cuda", torch.cuda.current_device()) if not arguments.dry_run else torch.device("cpu")
     )
-    arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
-    arguments.round_ms = 15.0 if arguments.quick else 30.0
+    arguments.rounds = arguments.rounds or (9 if arguments.quick else 21)
+    arguments.round_ms = 5.0 if arguments.quick else 10.0
     only_carry, arguments.carry = arguments.carry, [] if arguments.shapes else CARRY
     arguments.shapes = arguments.shapes or ([] if only_carry else STANDARD + GROUPED)
     if arguments.backends is None:

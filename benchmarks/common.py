@@ -82,6 +82,11 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.milliseconds)
 
+    def faster_than(self, other: Timing) -> float:
+        """By which factor: the median over rounds of the ratio within a round, which slow changes of the clock leave
+        alone."""
+        return statistics.median(b / a for a, b in zip(self.milliseconds, other.milliseconds))
+
     def as_dict(self, flops: float | None = None) -> dict[str, Any]:
         ms = {"median": self.median, "min": min(self.milliseconds), "max": max(self.milliseconds)}
         result: dict[str, Any] = {"ms": ms, "rounds": len(self.milliseconds)}
@@ -108,7 +113,7 @@ def _measure(call: Callable[[int], Any], calls: int, device: torch.device) -> fl
 
 
 def interleaved(
-    contenders: dict[str, Contender], device: torch.device, *, rounds: int = 7, round_ms: float = 30.0
+    contenders: dict[str, Contender], device: torch.device, *, rounds: int = 21, round_ms: float = 10.0
 ) -> dict[str, Timing]:
     """Time all contenders in turns, so that heat, clocks and neighbours hit them alike.
 
@@ -119,7 +124,7 @@ def interleaved(
     for name, contender in contenders.items():
         with contender.scope():
             _measure(contender.call, 2, device)
-            calls[name] = max(3, int(round_ms / max(_measure(contender.call, 3, device), 1e-3)))
+            calls[name] = max(1, int(round_ms / max(_measure(contender.call, 3, device), 1e-3)))
     timings = {name: Timing() for name in contenders}
     order = list(contenders)
     for n in range(rounds):

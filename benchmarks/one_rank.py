@@ -1,4 +1,4 @@
-"""One rank of W on one GPU: the real kernels, accumulators and buffers of a rank; transfers are local copies."""
+"""One rank of W on one GPU: the real kernels, accumulators and buffers of a rank; transfers are stand-ins."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ HEAD_START_CYCLES = 10_000_000  # about 5 ms
 
 
 @functools.cache
-def _source(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _source(shape: torch.Size, dtype: torch.dtype, device: int) -> torch.Tensor:
     """Random data of this shape, the same for every rank and step."""
-    data = torch.randn(shape, device="cuda").to(dtype)
-    torch.cuda.synchronize()
+    data = torch.randn(shape, device=torch.device("cuda", device)).to(dtype)
+    torch.cuda.synchronize(device)
     return data
+
+
+@functools.cache
+def _sink(shape: torch.Size, dtype: torch.dtype, device: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
 
 
 class _Copied:
@@ -42,11 +47,12 @@ class _Copied:
 
 
 class OneRank:
-    """Stands in for a group: what would come from a peer is copied from a local buffer, on a side stream.
+    """Stands in for a group: what would come from a peer is copied from a buffer, on a side stream.
 
     ``transfers`` "device": copies inside this GPU's memory. They read and write as much of it as a rank that receives
-    over a link and is read from at the same time, only faster than any link. "none": nothing is copied.
-    Records where steps begin.
+    over a link and is read from at the same time, only faster than any link; but they are kernels. "peer": what is
+    received comes from the memory of a second GPU, and what is sent goes there, over the link between the two and by
+    copy engines. "none": nothing is copied. Records where steps begin.
     """
 
     name = "one rank (simulated transfers)"
@@ -54,27 +60,39 @@ class OneRank:
     def __init__(self, world_size: int, rank: int, transfers: str):
         self.world_size, self.local_ranks = world_size, (rank,)
         self.transfers = transfers
-        self.stream = torch.cuda.Stream()
+        self.stream, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
+        # A copy between GPUs is ordered by the current streams of both; one more, so that the directions do not wait
+        # for each other there.
+        self.outward_there = torch.cuda.Stream(torch.cuda.current_device() + 1) if transfers == "peer" else None
         self.begins: list[torch.cuda.Event] = []
         self.host_seconds = 0.0
         """Host time spent in here, which is not that of the package."""
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Copied:
         start = time.perf_counter()
-        handle = self._exchange(receives)
+        handle = self._exchange(sends, receives)
         self.host_seconds += time.perf_counter() - start
         return handle
 
-    def _exchange(self, receives: Sequence[Sequence[Message]]) -> _Copied:
+    def _exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Copied:
         begin = torch.cuda.Event(enable_timing=True)
         begin.record()
         self.begins.append(begin)
         self.stream.wait_stream(torch.cuda.current_stream())
-        messages = receives[0] if self.transfers == "device" else []
-        sources = [_source(tensor.shape, tensor.dtype) for _, tensor in messages]
+        other = torch.cuda.current_device() + (self.transfers == "peer")
+        messages = receives[0] if self.transfers != "none" else []
+        sources = [_source(tensor.shape, tensor.dtype, other) for _, tensor in messages]
+        if self.transfers == "peer":
+            self.outward.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.outward_there), torch.cuda.stream(self.outward):
+                for _, tensor in sends[0]:
+                    _sink(tensor.shape, tensor.dtype, other).copy_(tensor, non_blocking=True)
+                sent = self.outward.record_event()
         with torch.cuda.stream(self.stream):
             for (_, tensor), source in zip(messages, sources):
                 tensor.copy_(source, non_blocking=True)
+            if self.transfers == "peer":
+                self.stream.wait_event(sent)
             event = torch.cuda.Event()
             event.record()
         return _Copied(self, event)

@@ -3,7 +3,8 @@
     python3 benchmarks/ring.py --out benchmarks/results
 
 Every rank of W takes turns on this GPU with its real kernels, accumulators and buffers; what would come over a link
-is a copy inside its memory on a side stream (or, with --transfers none, nothing). "of ideal" is (single-device call on
+is a copy on a side stream: inside its memory, or with --transfers peer from that of a second GPU, while what would be
+sent goes there (or, with --transfers none, nothing). "of ideal" is (single-device call on
 the whole sequence) / W / (slowest rank). "makespan" plays the measured step times of all ranks through
 ``simulate_schedule`` with all dependencies between ranks: once with free links, once with the link given by --link
 (GB/s each way); those two columns are simulated. "host us/step" is Python's time per task of the schedule (the keys of
@@ -26,7 +27,11 @@ from one_rank import Share, bytes_per_token
 
 from seqpar_attn.schedule import Rates, simulate_schedule
 
-TRANSFERS = {"device": "transfers are copies inside its memory", "none": "nothing is transferred"}
+TRANSFERS = {
+    "device": "transfers are copies inside its memory",
+    "peer": "transfers are copies from and to a second GPU, by copy engines over the link between them",
+    "none": "nothing is transferred",
+}
 HOST_PASSES = 9
 METHODS = {"zigzag": ("ring", "zigzag"), "dist_flash": ("dist_flash", "contiguous")}
 
@@ -144,13 +149,13 @@ def main() -> None:
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
-    parser.add_argument(
-        "--transfers", choices=("device", "none"), default="device", help="what stands in for the links"
-    )
+    parser.add_argument("--transfers", choices=tuple(TRANSFERS), default="device", help="what stands in for the links")
     parser.add_argument("--backend", default="auto", help="whose kernels")
     parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()
+    if arguments.transfers == "peer" and torch.cuda.device_count() < 2:
+        parser.error(f"expected at least 2 GPUs for --transfers peer, got {torch.cuda.device_count()}")
     torch.manual_seed(0)
     payload: dict = {"machine": machine(arguments.commit), "link": arguments.link, "rows": []}
     payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim", "transfers")}
