@@ -34,11 +34,13 @@ BACKWARD = [
     Case("waves", 1500, 1500, "causal", nheads=12, nheads_kv=12),
     Case("softcap", 131, 252, softcap=2.0),
     Case("one-query", 1, 77),
+    Case("cut", 1100, 600, nheads=4),
 ]
 SMALL = [  # for the tools that follow every access to shared memory
     Case("causal", 260, 260, "causal"),
     Case("full", 200, 300),
     Case("window", 150, 200, "window", offset=50),
+    Case("cut", 600, 200),
 ]
 GROUPS = {"forward": FORWARD, "backward": BACKWARD, "small": SMALL}
 
