@@ -68,6 +68,8 @@ def test_mask_and_schedule_need_only_the_standard_library(module):
         (("layout", "batch"), {"kernels", "comm", "schedule", "autograd", "api", "loss", "memory"}),
         (("loss",), {"schedule", "autograd", "api", "mask"}),
         (("autograd",), {"api"}),
+        (("memory",), {"kernels", "comm", "schedule", "mask", "layout", "batch", "autograd", "api", "loss"}),
+        (("kept",), {room(m) for m in MODULES} - {"kept"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
