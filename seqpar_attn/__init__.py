@@ -5,6 +5,7 @@ group; ``shard_batch`` splits a batch; ``LoopbackGroup`` runs several virtual ra
 package loads neither triton nor transformers and does not touch CUDA.
 """
 
+from . import memory
 from .api import dist_flash_attention, ring_attention
 from .batch import ShardedBatch, pad_batch, shard_batch
 from .comm import CommunicationError, LoopbackGroup
@@ -23,6 +24,7 @@ __all__ = [
     "dist_flash_attention",
     "gather",
     "get_layout",
+    "memory",
     "pad_batch",
     "ring_attention",
     "shard_batch",

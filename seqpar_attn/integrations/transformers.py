@@ -1,0 +1,262 @@
+"""Sequence-parallel attention in any Hugging Face decoder, through the library's own registries.
+
+    from seqpar_attn.integrations.transformers import enable
+
+    enable(model, group)
+    batch = seqpar_attn.shard_batch(input_ids, layout="zigzag", group=group)
+    loss = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        labels=batch.labels,
+        shift_labels=batch.labels,
+        num_items_in_batch=batch.num_valid,
+        use_cache=False,
+    ).loss  # this rank's part: the sum over ranks is the loss of the whole sequence, and so are gradients
+
+Nothing is patched: an attention function and a mask function are registered, and the model's configuration names them.
+What would go wrong without a word (a padding mask, positions that every rank counts from 0, labels shifted inside a
+shard, a key-value cache, attention dropout) is a ValueError that says what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..api import dist_flash_attention, ring_attention
+from ..comm import Group, communicator, group_name
+from ..layout import get_layout
+
+NAME = "seqpar"
+"""Of the registered attention. The library gives names with "flash" in them a meaning of their own."""
+
+_METHODS: dict[str, tuple[Callable[..., Any], str]] = {
+    "ring": (ring_attention, "zigzag"),
+    "dist_flash": (dist_flash_attention, "contiguous"),
+}
+"""The function, and the layout that it takes if none is given."""
+
+_KEY = "_seqpar_attn_settings"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the attention of a model is computed; see :func:`enable`."""
+
+    group: Group
+    method: str
+    layout: str
+    options: dict[str, Any]
+
+    def place(self, device: torch.device) -> tuple[int, int]:
+        """(rank, world size); of virtual ranks, which one process holds all of, the world is one rank."""
+        comm = communicator(group_name(self.group), device)
+        ranks = comm.local_ranks
+        return (ranks[0], comm.world_size) if len(ranks) == 1 else (0, 1)
+
+
+class Enabled:
+    """Sequence-parallel attention in a model, until ``disable``."""
+
+    def __init__(self, model: Any, settings: Settings, before: str, hook: Any):
+        self.model, self.settings, self._before, self._hook = model, settings, before, hook
+
+    def disable(self) -> None:
+        """The attention that the model had before."""
+        self._hook.remove()
+        for module in self.model.modules():
+            module.__dict__.pop(_KEY, None)
+        self.model.set_attn_implementation(self._before)
+
+
+def enable(
+    model: Any,
+    group: Group = None,
+    *,
+    method: str = "ring",
+    layout: str | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    transfer: str = "pull",
+) -> Enabled:
+    """Give ``model`` attention over a sequence that is split over the ranks of ``group``.
+
+    Afterwards every rank calls the model with its own shard (:func:`seqpar_attn.shard_batch`): ``input_ids`` and
+    ``position_ids`` of the shard, and for a loss ``labels`` and ``shift_labels``, both the shard's labels, which
+    ``shard_batch`` has shifted before cutting. Packed documents: ``cu_seqlens=[0, ..., seqlen]`` of the whole sequence
+    (and ``position_ids`` that begin anew in each, if the model was trained so). Sliding windows, soft caps, attention
+    sinks and grouped key heads are the model's own.
+
+    Args:
+        model: a transformers model whose attention goes through its attention registry (Llama, Mistral, Qwen2, Qwen3,
+            Gemma2, Phi3, GPT-OSS and most others).
+        group: a ProcessGroup, one dimension of a DeviceMesh, None (the default group), or a LoopbackGroup.
+        method: "ring" or "dist_flash".
+        layout: which tokens a rank holds; by default "zigzag" for a ring and "contiguous" for dist_flash.
+        backend, deterministic, transfer: see :func:`seqpar_attn.ring_attention`.
+
+    Returns:
+        A handle whose ``disable()`` undoes this.
+
+    Raises:
+        ValueError: not a transformers model, or one that cannot change its attention; an unknown method or layout. When
+            the model is called: see the module's documentation.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    chosen = layout or _METHODS[method][1]
+    get_layout(chosen, 1)  # an unknown one is named here
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        raise ValueError(f"expected a transformers model, got {type(model).__name__}")
+    _register()
+    settings = Settings(group, method, chosen, dict(backend=backend, deterministic=deterministic, transfer=transfer))
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError(
+            f"expected a model whose attention can be chosen (one that follows transformers' attention interface), "
+            f"got {type(model).__name__}"
+        )
+    for module in model.modules():
+        module.__dict__[_KEY] = settings
+    hook = model.register_forward_pre_hook(_Check(settings), with_kwargs=True)
+    return Enabled(model, settings, before, hook)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def _refuse(settings: Settings, device: torch.device, message: str) -> NoReturn:
+    """ValueError here, and on the other ranks, which wait for this one in their first attention."""
+    error = ValueError(message)
+    communicator(group_name(settings.group), device).agree({}, error)
+    raise error
+
+
+_PADDING = (
+    "expected no padding in attention_mask, got some: pad at the end with seqpar_attn.pad_batch, whose labels are "
+    "masked, or pack documents with cu_seqlens, and pass no attention_mask"
+)
+
+
+class _Check:
+    """What can be seen of a call before it runs. Values of tensors are looked at once per length and set of lengths of
+    documents: on a GPU that waits for them."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self._known: set[Any] = set()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if tokens is None:
+            return
+        refuse = functools.partial(_refuse, self.settings, tokens.device)
+        padding = kwargs.get("attention_mask")
+        if isinstance(padding, torch.Tensor) and not bool(padding.all()):
+            refuse(_PADDING)
+        rank, world_size = self.settings.place(tokens.device)
+        if world_size == 1:
+            return
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            refuse(
+                "expected position_ids of this rank's shard (shard_batch returns them), got none: the model would "
+                "count from 0 on every rank"
+            )
+        if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
+            refuse(
+                "expected shift_labels besides labels, both as shard_batch returns them, got labels only: the model "
+                "would shift them inside the shard and lose one at every border"
+            )
+        if kwargs.get("cu_seqlens") is not None:
+            return  # positions may begin anew in every document
+        key = tuple(positions.shape)
+        if key not in self._known:
+            seqlen = positions.shape[-1] * world_size
+            expected = get_layout(self.settings.layout, world_size).positions(rank, seqlen, positions.device)
+            if not torch.equal(positions.reshape(-1, positions.shape[-1])[0], expected):
+                refuse(
+                    f"expected position_ids of rank {rank}'s shard in the {self.settings.layout} layout, "
+                    f"{_few(expected)}, got {_few(positions.reshape(-1, positions.shape[-1])[0])}"
+                )
+            self._known.add(key)
+
+
+def _few(x: torch.Tensor) -> str:
+    return str(x.tolist()) if len(x) <= 4 else f"[{int(x[0])}, {int(x[1])}, ..., {int(x[-1])}]"
+
+
+def mask(batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Any = None, **kwargs: Any) -> None:
+    """The registered mask function: no mask is made, and a padding mask is refused."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(_PADDING)
+    if q_length != kv_length:
+        raise ValueError(f"expected as many keys as queries, got {kv_length} and {q_length}: pass use_cache=False")
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The registered attention function: ``query [b, h, s, d]``, ``key, value [b, h_kv, s, d]`` of this rank's shard to
+    ``[b, s, h, d]``. ``s_aux``: ``[h]``, logits of attention sinks (GPT-OSS)."""
+    settings: Settings | None = module.__dict__.get(_KEY)
+    if settings is None:
+        raise ValueError(
+            f"expected a model after enable(model, group), got a {type(module).__name__} of one without it"
+        )
+    wrong = None
+    if attention_mask is not None:
+        wrong = "expected no attention_mask (packed documents: cu_seqlens), got one"
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        wrong = "expected cu_seqlens, the boundaries of the whole sequence's documents, got cu_seq_lens_q"
+    elif kwargs.get("position_bias") is not None:
+        wrong = "expected no position_bias: a bias of the scores is not supported"
+    elif key.shape[2] != query.shape[2]:
+        wrong = f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}: pass use_cache=False"
+    if wrong is not None:
+        _refuse(settings, query.device, wrong)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    function = _METHODS[settings.method][0]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = function(
+        q,
+        k,
+        v,
+        group=settings.group,
+        layout=settings.layout,
+        causal=causal,
+        window_size=sliding_window,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        softmax_scale=scaling,
+        dropout_p=dropout,
+        return_lse=True,
+        **settings.options,
+    )
+    if s_aux is not None:
+        # A sink is one more key with the value 0: it takes its share of the softmax, exp(s) of exp(lse) + exp(s).
+        share = torch.sigmoid(lse - s_aux.to(lse.dtype)[None, :, None]).transpose(1, 2)
+        out = out * share.unsqueeze(-1).to(out.dtype)
+    return out, None

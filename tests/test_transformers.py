@@ -1,0 +1,169 @@
+"""Hugging Face's models with the sequence split over ranks: logits, loss and gradients are those of one device."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from hf_models import FAMILIES, build, gradients, one_device
+
+import seqpar_attn
+from seqpar_attn import memory
+from seqpar_attn.integrations.transformers import NAME, enable
+from seqpar_attn.testing.distributed import RankPool
+
+SEQLEN = 48
+DOCUMENTS = [0, 5, 17, 40, SEQLEN]
+WORLD_SIZES = (2, 3, 4)
+TOLERANCE = 2e-5
+"""Weights are float64, but the library's norms and its eager softmax are float32 whatever the weights are."""
+
+
+def ids():
+    return torch.randint(3, 61, (1, SEQLEN), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def pool(request):
+    with RankPool(request.param, timeout=240) as pool:
+        yield pool
+
+
+def sharded(rank, world_size, families, method, documents, checkpoints):
+    """Per family: logits of the whole sequence, loss and gradients summed over ranks."""
+    results = []
+    for family in families:
+        model = build(family)
+        enabled = enable(model, method=method, backend="reference")
+        if checkpoints == "library":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif checkpoints == "memory":
+            memory.apply(model, attention="offload", activations="offload", tile_mlp=None if "gpt" in family else 5)
+        layout = enabled.settings.layout
+        batch = seqpar_attn.shard_batch(ids(), cu_seqlens=documents, layout=layout)
+        packed = {} if documents is None else {"cu_seqlens": batch.cu_seqlens}
+        result = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            labels=batch.labels,
+            shift_labels=batch.labels,
+            num_items_in_batch=batch.num_valid,
+            use_cache=False,
+            **packed,
+        )
+        result.loss.backward()
+        loss, found = result.loss.detach().clone(), gradients(model)
+        for x in (loss, *found.values()):
+            torch.distributed.all_reduce(x)
+        logits = seqpar_attn.gather(result.logits.detach(), layout=layout)
+        results.append((logits, loss.item(), found) if rank == 0 else None)
+    return results
+
+
+_expected = {}
+
+
+def expected(family, documents):
+    key = family, documents is None
+    if key not in _expected:
+        _expected[key] = one_device(family, ids(), documents)
+    return _expected[key]
+
+
+@pytest.mark.parametrize("checkpoints", ["none", "library", "memory"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("method", ["ring", "dist_flash"])
+def test_as_on_one_device(pool, method, documents, checkpoints):
+    if checkpoints != "none" and pool.world_size != 2:
+        pytest.skip("two ranks suffice")
+    results = pool.run(sharded, FAMILIES, method, documents, checkpoints)[0]
+    for family, (logits, loss, found) in zip(FAMILIES, results):
+        true_logits, true_loss, true_gradients = expected(family, documents)
+        worst = (logits - true_logits).abs().max().item()
+        assert worst < TOLERANCE * true_logits.abs().max().item(), f"{family} logits: {worst}"
+        assert abs(loss - true_loss) < TOLERANCE * true_loss, family
+        scale = max(x.abs().max().item() for x in true_gradients.values())
+        for name, x in true_gradients.items():
+            worst = (found[name] - x).abs().max().item()
+            assert worst < TOLERANCE * scale, f"{family} {name}: {worst} of {scale}"
+        assert any(x.abs().max() > 0 for name, x in found.items() if "q_proj" in name or "qkv" in name)
+
+
+def complaint(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def wrong_calls(rank, world_size):
+    """Faults of rank 1 only; every rank must hear of them."""
+    model = build("llama")
+    enable(model, backend="reference")
+    batch = seqpar_attn.shard_batch(ids())
+    good = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    faults = {
+        "padding": {"attention_mask": torch.arange(batch.input_ids.shape[1])[None] > 2},
+        "no positions": {"position_ids": None},
+        "unsharded positions": {"position_ids": torch.arange(batch.input_ids.shape[1])[None]},
+        "labels": {"labels": batch.labels},
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, SEQLEN], dtype=torch.int32)},
+    }
+    found = {
+        name: complaint(lambda f=fault: model(**(good | (f if rank == 1 else {})))) for name, fault in faults.items()
+    }
+    model(**good)  # and after all that it works
+    return found
+
+
+def test_a_fault_of_one_rank_is_an_error_on_all():
+    messages = {
+        "padding": "expected no padding in attention_mask, got some",
+        "no positions": "expected position_ids of this rank's shard",
+        "unsharded positions": "expected position_ids of rank 1's shard in the zigzag layout, [12, 13, ..., 35]",
+        "labels": "expected shift_labels besides labels",
+        "cu_seq_lens_q": "expected cu_seqlens, the boundaries of the whole sequence's documents",
+    }
+    with RankPool(2, timeout=60) as pool:
+        for found in pool.run(wrong_calls):
+            for name, message in messages.items():
+                assert message in found[name], (name, found[name])
+
+
+def test_virtual_ranks_and_disable():
+    model = build("llama")
+    whole = model(input_ids=ids(), use_cache=False).logits
+    group = seqpar_attn.LoopbackGroup(3)
+    enabled = enable(model, group, method="dist_flash", backend="reference")
+    assert model.config._attn_implementation == NAME
+    batch = seqpar_attn.shard_batch(ids(), layout="contiguous", group=group)
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    torch.testing.assert_close(logits, whole, rtol=TOLERANCE, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="pass use_cache=False"):
+        cache = model(
+            input_ids=batch.input_ids[:, :30], position_ids=batch.position_ids[:, :30], use_cache=True
+        ).past_key_values
+        model(input_ids=batch.input_ids[:, 30:33], past_key_values=cache)
+    enabled.disable()
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(input_ids=ids(), use_cache=False).logits, whole)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="expected method to be one of 'ring', 'dist_flash', got 'ulysses'"):
+        enable(build("llama"), method="ulysses")
+    with pytest.raises(ValueError, match="expected a transformers model, got Linear"):
+        enable(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="layout"):
+        enable(build("llama"), layout="spiral")
+    model = build("llama")
+    model.config._attn_implementation = NAME
+    with pytest.raises(ValueError, match=r"expected a model after enable\(model, group\), got a LlamaAttention"):
+        model(input_ids=ids(), use_cache=False)
+    model = build("llama")
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    enable(model, backend="reference")
+    with pytest.raises(ValueError, match="dropout"):
+        model(input_ids=ids(), use_cache=False)
