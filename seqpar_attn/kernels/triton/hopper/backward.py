@@ -325,7 +325,9 @@ def _consumer(
             if AHEAD:
                 mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
                 s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
-            ds = (unpack_half(p, SCORES) if AHEAD else p) * dp
+            if AHEAD:
+                p = unpack_half(p, SCORES)
+            ds = p * dp
             if SOFTCAP:
                 # The derivative of the cap, from P: to keep the capped scores would take too many registers.
                 shifted = lse_s.index(q_slot).load(gl.SliceLayout(0, SCORES))[None, :]
@@ -516,7 +518,7 @@ def launch_backward(
             {
                 "KIND": KIND_NUMBER[mask.kind], "SOFTCAP": softcap is not None, "CARRY": carry_dkv, "ROUND": rounded,
                 "PERMUTED": permuted(headdim), "SHIFT": shift(q.dtype),
-                "AHEAD": shift(q.dtype) > 0 and mask.kind is not MaskKind.INTERVAL and softcap is None,
+                "AHEAD": shift(q.dtype) > 0,
                 "QUERIES": queries, "DIM": dim, "Q_STAGES": config.q_stages, "DOUT_STAGES": config.dout_stages,
                 "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
             },
