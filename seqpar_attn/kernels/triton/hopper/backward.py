@@ -357,8 +357,10 @@ def _consumer(
             tma_wait(0)
             mbarrier.arrive(ds_full.index(slot), count=1)  # and the dQ before has left its memory, for all threads
             _store_dq(dq_c, late, PERMUTED)
-            stored_query = late_query
-            stored_head = late_head
+            # Plus zero: what is handed from one variable that the loop carries to another that began with the same value,
+            # Triton's compiler takes for that value for ever.
+            stored_query = late_query + zero
+            stored_head = late_head + zero
             dk_sum = warpgroup_mma_wait(0, [dk_sum])
             mbarrier.arrive(q_empty.index(q_slot), count=1)
             late_query = tile * QUERIES
