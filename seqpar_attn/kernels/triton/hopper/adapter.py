@@ -26,6 +26,7 @@ __all__ = [
     "mbarrier",
     "named_barrier",
     "pack_half",
+    "reinterpret",
     "round_here",
     "tanh",
     "tma_add",
@@ -44,6 +45,16 @@ tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 tma_wait = tma.store_wait
 # 3.7 renamed it.
 warpgroup_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+# 3.9 took the underscore off.
+_REINTERPRET = "reinterpret" if hasattr(gl.shared_memory_descriptor, "reinterpret") else "_reinterpret"
+
+
+@builtin
+def reinterpret(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same shared memory as a tile of another dtype, shape and layout."""
+    return getattr(memory, _REINTERPRET)(dtype, shape, layout, _semantic=_semantic)
+
 
 if hasattr(tma, "async_atomic_add"):
     tma_add = tma.async_atomic_add

@@ -32,6 +32,7 @@ from .adapter import (
     gluon,
     mbarrier,
     pack_half,
+    reinterpret,
     round_here,
     tanh,
     tma_add,
@@ -48,6 +49,9 @@ from .descriptors import describe
 from .finish import launch_zero
 
 _NEVER = gl.constexpr(1 << 30)
+# A query tile and a head of the group as one number, for the consumers are short of registers: tile * _TILE + head.
+_TILE = gl.constexpr(1 << 12)
+_NO_TILE = gl.constexpr(((1 << 19) - 1) << 12)  # queries that do not exist
 
 
 @gluon.jit
@@ -225,7 +229,9 @@ def _store_dq(dq_c, dq, PERMUTED: gl.constexpr):
 
 
 @gluon.jit
-def _add_dq(dq, dq_c, batch, head, query, c: gl.constexpr, DIM: gl.constexpr):
+def _add_dq(dq, dq_c, batch, first_head, at, c: gl.constexpr, QUERIES: gl.constexpr, DIM: gl.constexpr):
+    query = at // _TILE * QUERIES
+    head = first_head + at % _TILE
     if DIM == 128:
         tma_add(dq, [batch, head, query, 64 * c], dq_c)
     else:
@@ -286,21 +292,20 @@ def _consumer(
     if steps > 0:
         mbarrier.wait(kv_full.index(0), 0)
         mbarrier.wait(q_full.index(0), 0)
-        tile = gl.where(down, end - 1, first)
-        h = tile * 0
+        at = gl.where(down, end - 1, first) * _TILE
+        to_next_tile = gl.where(down, -_TILE, _TILE)
+        first_head = head_kv * group
         s = _scores(k_s.index(c).reshape([64, DIM]), q_s, lse_s, 0, QUERIES, SOFTCAP, SCORES)
         s = warpgroup_mma_wait(0, [s])
         p = _probabilities(
-            s, lse_s, 0, tile * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
+            s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
             post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
         if AHEAD:
             p = pack_half(p)
         # Beside the first tile, a product of stale memory: added to queries that do not exist.
-        late_query = tile * 0 + _NEVER
-        late_head = h
-        stored_query = late_query
-        stored_head = h
+        late = at * 0 + _NO_TILE
+        stored = late
         for i in range(0, steps):
             # Always 0, but the compiler cannot know: it would keep descriptors in registers that accumulators need.
             zero = i >> 28
@@ -308,9 +313,7 @@ def _consumer(
             q_slot = i % Q_STAGES
             q_next = (i + 1) % Q_STAGES
             dout_slot = i % DOUT_STAGES
-            next_h = h + 1
-            next_tile = gl.where(next_h == group, tile + gl.where(down, -1, 1), tile)
-            next_h = gl.where(next_h == group, 0, next_h)
+            following = gl.where(at % _TILE + 1 == group, at // _TILE * _TILE + to_next_tile, at + 1)
             mbarrier.wait(dout_full.index(dout_slot), (i // DOUT_STAGES) & 1)
             dout_tile = dout_s.index(dout_slot).reshape([QUERIES, DIM])
             dp = gl.zeros([64, QUERIES], gl.float32, SCORES) + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
@@ -320,7 +323,7 @@ def _consumer(
             fence_async_shared()  # dQ of the last step, stored long enough ago that this does not wait
             dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
             mbarrier.arrive(dout_empty.index(dout_slot), count=1)  # all threads meet here: all of dQ is stored
-            _add_dq(dq, dq_c, batch, head_kv * group + stored_head, stored_query, c, DIM)
+            _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
             k_c = k_s.index(c + zero).reshape([64, DIM])
             if AHEAD:
                 mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
@@ -341,45 +344,42 @@ def _consumer(
             slot = i & 1
             mbarrier.wait(ds_full.index(slot ^ 1), ((i - 1) >> 1) & 1, pred=i > 0)
             ds_s.index(slot * 2 + c).store(ds)
-            late = _dq(ds_s, k_s, slot ^ 1, zero, c, DIM, QUERIES, DQ)
+            late_dq = _dq(ds_s, k_s, slot ^ 1, zero, c, DIM, QUERIES, DQ)
             dk_sum = warpgroup_mma(
                 gl.convert_layout(ds, OPERAND), q_s.index(q_slot).reshape([QUERIES, DIM]), dk_sum, is_async=True
             )
             s = warpgroup_mma_wait(3, [s])
             p = _probabilities(
-                s, lse_s, q_next, next_tile * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
+                s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
                 pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
             if AHEAD:
                 p = pack_half(p)
-            late = warpgroup_mma_wait(1, [late])
+            late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)
             mbarrier.arrive(ds_full.index(slot), count=1)  # and the dQ before has left its memory, for all threads
-            _store_dq(dq_c, late, PERMUTED)
-            # Plus zero: what is handed from one variable that the loop carries to another that began with the same value,
-            # Triton's compiler takes for that value for ever.
-            stored_query = late_query + zero
-            stored_head = late_head + zero
+            _store_dq(dq_c, late_dq, PERMUTED)
+            # Plus zero, here and below: what is handed from one variable that the loop carries to another that began with
+            # the same value, Triton's compiler takes for that value for ever.
+            stored = late + zero
             dk_sum = warpgroup_mma_wait(0, [dk_sum])
             mbarrier.arrive(q_empty.index(q_slot), count=1)
-            late_query = tile * QUERIES
-            late_head = h
-            tile = next_tile
-            h = next_h
+            late = at + zero
+            at = following
         dq_c = dq_s.index(c)
         fence_async_shared()
         warpgroup_barrier()
-        _add_dq(dq, dq_c, batch, head_kv * group + stored_head, stored_query, c, DIM)
+        _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
         slot = (steps - 1) & 1
         mbarrier.wait(ds_full.index(slot), ((steps - 1) >> 1) & 1)
-        late = warpgroup_mma_wait(0, [_dq(ds_s, k_s, slot, 0, c, DIM, QUERIES, DQ)])
+        late_dq = warpgroup_mma_wait(0, [_dq(ds_s, k_s, slot, 0, c, DIM, QUERIES, DQ)])
         tma_wait(0)
         warpgroup_barrier()
-        _store_dq(dq_c, late, PERMUTED)
+        _store_dq(dq_c, late_dq, PERMUTED)
         fence_async_shared()
         warpgroup_barrier()
-        _add_dq(dq, dq_c, batch, head_kv * group + late_head, late_query, c, DIM)
+        _add_dq(dq, dq_c, batch, first_head, late, c, QUERIES, DIM)
         tma_wait(0)
         warpgroup_barrier()
 
@@ -391,14 +391,14 @@ def _consumer(
         dq_c = dq_s.index(c)
         v_c = v_s.index(c)
         if ROUND:
-            dq_memory = dq_c._reinterpret(q_s.dtype, [1, 1, 1, 64, DIM], v_s.layout)
+            dq_memory = reinterpret(dq_c, q_s.dtype, [1, 1, 1, 64, DIM], v_s.layout)
             _write(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
             _write(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
         else:
             FP32: gl.constexpr = gl.NVMMASharedLayout(128, 32, 5)
-            dq_memory = dq_c._reinterpret(gl.float32, [1, 1, 1, 64, 64], FP32)
+            dq_memory = reinterpret(dq_c, gl.float32, [1, 1, 1, 64, 64], FP32)
             if DIM == 128:
-                v_memory = v_c._reinterpret(gl.float32, [1, 1, 1, 64, 64], FP32)
+                v_memory = reinterpret(v_c, gl.float32, [1, 1, 1, 64, 64], FP32)
                 dv_left, dv_right = _halves(dv_sum)
                 dk_left, dk_right = _halves(dk_sum)
                 _write(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)

@@ -46,6 +46,15 @@ def padded(headdim: int) -> int:
     return 64 if headdim <= 64 else 128
 
 
+_L2_BYTES_FOR_KEYS = 40_000_000
+
+
+def heads_at_once(full: bool, heads: int, bytes_per_head: int) -> int:
+    """How many heads take turns in the forward kernel. Without a mask all tiles cost the same, so one head after the
+    other reads its keys from the L2; with one, the more heads the better tiles of all lengths mix."""
+    return 1 if full else max(1, min(heads, _L2_BYTES_FOR_KEYS // max(1, bytes_per_head)))
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ....mask import MaskKind
 from ...base import BlockMask
 from ..common import (
     CAUSAL,
@@ -19,7 +20,6 @@ from ..common import (
     LN2,
     LOG2E,
     cdiv,
-    heads_at_once,
     key_sizes,
     score_scales,
 )
@@ -30,6 +30,7 @@ from .adapter import (
     gluon,
     mbarrier,
     named_barrier,
+    reinterpret,
     tanh,
     tma_load,
     tma_store,
@@ -38,7 +39,7 @@ from .adapter import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .config import ForwardConfig, multiprocessors, padded
+from .config import ForwardConfig, heads_at_once, multiprocessors, padded
 from .descriptors import describe
 
 
@@ -58,12 +59,16 @@ def _place_in_round(r):
 
 @gluon.jit
 def _tile(r, tiles, heads_total, at_once, ROWS: gl.constexpr):
-    """(head over all batches, first query) of this program's tile ``r``: ``at_once`` heads in turn, last queries first."""
+    """(head over all batches, first query) of this program's tile ``r``. ``at_once`` heads take turns, so that their
+    keys share the L2. Of these groups of heads the last one begins with its last queries, which a causal mask lets see
+    most, the one before it with its first, and so on: neighbours in the order are then of about the same length."""
     index = r * gl.num_programs(0) + _place_in_round(r)
     group = index // (tiles * at_once)
     rest = index - group * (tiles * at_once)
     width = gl.minimum(at_once, heads_total - group * at_once)
-    return group * at_once + rest % width, (tiles - 1 - rest // width) * ROWS
+    tile = rest // width
+    ascends = ((heads_total - 1) // at_once - group) % 2 != 0
+    return group * at_once + rest - tile * width, gl.where(ascends, tile, tiles - 1 - tile) * ROWS
 
 
 @gluon.jit
@@ -340,7 +345,7 @@ def _consumer(
                 tma_wait(0)
             if KEEP or CARRY:
                 warpgroup_barrier()
-            rounded = stage._reinterpret(q_s.dtype, [1, 1, 64, DIM], q_s.layout)
+            rounded = reinterpret(stage, q_s.dtype, [1, 1, 64, DIM], q_s.layout)
             rounded.reshape([64, DIM]).store(acc.to(q_s.dtype))
             fence_async_shared()
             warpgroup_barrier()
@@ -467,7 +472,7 @@ def launch_forward(
             min(tiles, multiprocessors(q.device)),
             (
                 *lse.stride()[:2], seqlen_q, seqlen_k, parts, nheads, nheads // nheads_kv, heads_total,
-                heads_at_once(mask.kind, heads_total, seqlen_k * headdim * k.element_size()),
+                heads_at_once(mask.kind is MaskKind.FULL, heads_total, 2 * seqlen_k * headdim * k.element_size()),
             ),
             {
                 "KIND": KIND_NUMBER[mask.kind], "EVEN": seqlen_k % keys == 0, "CARRY": carry, "KEEP": keep,
