@@ -31,15 +31,14 @@ from .adapter import (
     gl,
     gluon,
     mbarrier,
-    pack_half,
+    pack,
     reinterpret,
-    round_here,
     tanh,
     tma_add,
     tma_load,
     tma_store,
     tma_wait,
-    unpack_half,
+    unpack,
     warpgroup_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -95,10 +94,9 @@ def _walk(i, group, first, end, down):
 
 @gluon.jit
 def _producer(
-    q, k, v, dout, query_lo, query_hi, q_s, k_s, v_s, dout_s, kv_full, q_full, q_empty, dout_full, dout_empty,
+    q, k, v, dout, query_lo, query_hi, q_s, k_s, v_s, dout_s, kv_full, q_full, q_empty, dout_full, ds_full,
     seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
     KIND: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
-    DOUT_STAGES: gl.constexpr,
 ):  # fmt: skip
     head_index, part, key, first, end, down = _work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
@@ -120,19 +118,18 @@ def _producer(
             mbarrier.expect(q_full.index(slot), QUERIES * DIM * 2)
             tma_load(q, [batch, head, tile * QUERIES, 0], q_full.index(slot), q_s.index(slot))
             if i < steps:
-                slot = i % DOUT_STAGES
-                mbarrier.wait(dout_empty.index(slot), ((i // DOUT_STAGES) & 1) ^ 1)
+                slot = i & 1
+                mbarrier.wait(ds_full.index(slot), ((i >> 1) & 1) ^ 1)
                 mbarrier.expect(dout_full.index(slot), QUERIES * DIM * 2)
                 tma_load(dout, [batch, head, tile * QUERIES, 0], dout_full.index(slot), dout_s.index(slot))
 
 
 @gluon.jit
 def _loader(
-    lse, delta, query_lo, query_hi, lse_s, delta_s, q_full, q_empty, dout_full, dout_empty,
+    lse, delta, query_lo, query_hi, lse_s, delta_s, q_full, q_empty, dout_full, ds_full,
     stride_lb, stride_lh, stride_eb, stride_eh,
     seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset, lse_factor,
     KIND: gl.constexpr, SHIFT: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, Q_STAGES: gl.constexpr,
-    DOUT_STAGES: gl.constexpr,
 ):  # fmt: skip
     """(SHIFT - lse in powers of two) times ``lse_factor``, and -delta, of each query tile: the copy engine could not,
     for slices of lse along the sequence begin anywhere. Rows without keys and rows that do not exist get -inf and 0,
@@ -154,8 +151,8 @@ def _loader(
         lse_s.index(slot).store(gl.where(x == float("-inf"), x, (SHIFT - x * LOG2E) * lse_factor))
         mbarrier.arrive(q_full.index(slot), count=1)
         if i < steps:
-            slot = i % DOUT_STAGES
-            mbarrier.wait(dout_empty.index(slot), ((i // DOUT_STAGES) & 1) ^ 1)
+            slot = i & 1
+            mbarrier.wait(ds_full.index(slot), ((i >> 1) & 1) ^ 1)
             x = gl.load(delta + batch * stride_eb + head * stride_eh + row, mask=row < seqlen_q, other=0.0)
             delta_s.index(slot).store(-x)
             mbarrier.arrive(dout_full.index(slot), count=1)
@@ -259,12 +256,12 @@ def _halves(x):
 @gluon.jit
 def _consumer(
     dq, dk, dv, query_lo, query_hi, q_s, k_s, v_s, dout_s, lse_s, delta_s, ds_s, dq_s, kv_full, q_full, q_empty,
-    dout_full, dout_empty, ds_full,
+    dout_full, ds_full,
     seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
     pre_scale, post_scale, softmax_scale,
     c: gl.constexpr, KIND: gl.constexpr, SOFTCAP: gl.constexpr, CARRY: gl.constexpr, ROUND: gl.constexpr,
-    PERMUTED: gl.constexpr, SHIFT: gl.constexpr, AHEAD: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr,
-    DIM: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    PERMUTED: gl.constexpr, SHIFT: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr,
+    DIM: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -301,8 +298,7 @@ def _consumer(
             s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
             post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
-        if AHEAD:
-            p = pack_half(p)
+        p = pack(p, SHIFT > 0)
         # Beside the first tile, a product of stale memory: added to queries that do not exist.
         late = at * 0 + _NO_TILE
         stored = late
@@ -312,34 +308,29 @@ def _consumer(
             dq_c = dq_s.index(c + zero)
             q_slot = i % Q_STAGES
             q_next = (i + 1) % Q_STAGES
-            dout_slot = i % DOUT_STAGES
+            dout_slot = i & 1
             following = gl.where(at % _TILE + 1 == group, at // _TILE * _TILE + to_next_tile, at + 1)
-            mbarrier.wait(dout_full.index(dout_slot), (i // DOUT_STAGES) & 1)
+            mbarrier.wait(dout_full.index(dout_slot), (i >> 1) & 1)
             dout_tile = dout_s.index(dout_slot).reshape([QUERIES, DIM])
             dp = gl.zeros([64, QUERIES], gl.float32, SCORES) + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
             dp = warpgroup_mma(v_s.index(c + zero).reshape([64, DIM]), dout_tile.permute((1, 0)), dp, is_async=True)
-            p_operand = (unpack_half(p, SCORES) if AHEAD else p).to(q_s.dtype)
+            p_operand = unpack(p, SHIFT > 0, SCORES).to(q_s.dtype)
             dv_sum = warpgroup_mma(gl.convert_layout(p_operand, OPERAND), dout_tile, dv_sum, is_async=True)
-            fence_async_shared()  # dQ of the last step, stored long enough ago that this does not wait
-            dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
-            mbarrier.arrive(dout_empty.index(dout_slot), count=1)  # all threads meet here: all of dQ is stored
+            # dQ of the last step, stored long enough ago that the fence does not wait.
+            fence_async_shared()
+            warpgroup_barrier()
             _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
-            k_c = k_s.index(c + zero).reshape([64, DIM])
-            if AHEAD:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
-            if AHEAD:
-                p = unpack_half(p, SCORES)
+            dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
+            mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
+            s = _scores(k_s.index(c + zero).reshape([64, DIM]), q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
+            p = unpack(p, SHIFT > 0, SCORES)
             ds = p * dp
             if SOFTCAP:
                 # The derivative of the cap, from P: to keep the capped scores would take too many registers.
                 shifted = lse_s.index(q_slot).load(gl.SliceLayout(0, SCORES))[None, :]
                 capped = gl.where(p == 0.0, 0.0, (gl.log2(p) - shifted) / post_scale)
                 ds = ds * (1.0 - capped * capped)
-            ds = round_here(ds, q_s.dtype)
-            if not AHEAD:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
+            ds = ds.to(q_s.dtype)
             # Both warpgroups' dS of the step before. It also says that nobody reads the slot that is written now.
             slot = i & 1
             mbarrier.wait(ds_full.index(slot ^ 1), ((i - 1) >> 1) & 1, pred=i > 0)
@@ -353,12 +344,13 @@ def _consumer(
                 s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
                 pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
-            if AHEAD:
-                p = pack_half(p)
+            p = pack(p, SHIFT > 0)
             late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)
-            mbarrier.arrive(ds_full.index(slot), count=1)  # and the dQ before has left its memory, for all threads
+            # All threads meet here: the dQ before has left its memory for all of them. The producers take it for the sign
+            # that dout has been read.
+            mbarrier.arrive(ds_full.index(slot), count=1)
             _store_dq(dq_c, late_dq, PERMUTED)
             # Plus zero, here and below: what is handed from one variable that the loop carries to another that began with
             # the same value, Triton's compiler takes for that value for ever.
@@ -423,63 +415,60 @@ def backward_kernel(
     stride_lb, stride_lh, stride_eb, stride_eh, seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave,
     offset, pre_scale, post_scale, lse_factor, softmax_scale,
     KIND: gl.constexpr, SOFTCAP: gl.constexpr, CARRY: gl.constexpr, ROUND: gl.constexpr, PERMUTED: gl.constexpr,
-    SHIFT: gl.constexpr, AHEAD: gl.constexpr, QUERIES: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
-    DOUT_STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SHIFT: gl.constexpr, QUERIES: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All but ``lse, delta, query_lo, query_hi`` are tensor descriptors: [batch, nheads, seqlen, headdim], keys and
     their gradients with parts in front, in tiles of QUERIES or 64 rows."""
     KEYS: gl.constexpr = 128
     ROWS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
     q_s = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, QUERIES, DIM], q.layout)
-    dout_s = gl.allocate_shared_memory(q.dtype, [DOUT_STAGES, 1, 1, QUERIES, DIM], q.layout)
+    dout_s = gl.allocate_shared_memory(q.dtype, [2, 1, 1, QUERIES, DIM], q.layout)
     k_s = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 1, 64, DIM], k.layout)
     v_s = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 1, 64, DIM], k.layout)
     ds_s = gl.allocate_shared_memory(q.dtype, [4, 64, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [Q_STAGES, QUERIES], ROWS)
-    delta_s = gl.allocate_shared_memory(gl.float32, [DOUT_STAGES, QUERIES], ROWS)
+    delta_s = gl.allocate_shared_memory(gl.float32, [2, QUERIES], ROWS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
-    dout_full = gl.allocate_shared_memory(gl.int64, [DOUT_STAGES, 1], BARRIER)
-    dout_empty = gl.allocate_shared_memory(gl.int64, [DOUT_STAGES, 1], BARRIER)
+    dout_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=1)
     for s in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(s), count=2)  # the copy engine's bytes, and the warp that brings lse
         mbarrier.init(q_empty.index(s), count=2)
-    for s in gl.static_range(DOUT_STAGES):
-        mbarrier.init(dout_full.index(s), count=2)
-        mbarrier.init(dout_empty.index(s), count=2)
     for s in gl.static_range(2):
+        mbarrier.init(dout_full.index(s), count=2)
         mbarrier.init(ds_full.index(s), count=2)
     fence_async_shared()
     gl.warp_specialize([
         (_consumer, (
             dq, dk, dv, query_lo, query_hi, q_s, k_s, v_s, dout_s, lse_s, delta_s, ds_s, dq_s, kv_full, q_full, q_empty,
-            dout_full, dout_empty, ds_full,
+            dout_full, ds_full,
             seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
             pre_scale, post_scale, softmax_scale,
-            0, KIND, SOFTCAP, CARRY, ROUND, PERMUTED, SHIFT, AHEAD, QUERIES, KEYS, DIM, Q_STAGES, DOUT_STAGES,
+            0, KIND, SOFTCAP, CARRY, ROUND, PERMUTED, SHIFT, QUERIES, KEYS, DIM, Q_STAGES,
         )),
         (_consumer, (
             dq, dk, dv, query_lo, query_hi, q_s, k_s, v_s, dout_s, lse_s, delta_s, ds_s, dq_s, kv_full, q_full, q_empty,
-            dout_full, dout_empty, ds_full,
+            dout_full, ds_full,
             seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
             pre_scale, post_scale, softmax_scale,
-            1, KIND, SOFTCAP, CARRY, ROUND, PERMUTED, SHIFT, AHEAD, QUERIES, KEYS, DIM, Q_STAGES, DOUT_STAGES,
+            1, KIND, SOFTCAP, CARRY, ROUND, PERMUTED, SHIFT, QUERIES, KEYS, DIM, Q_STAGES,
         )),
         (_producer, (
-            q, k, v, dout, query_lo, query_hi, q_s, k_s, v_s, dout_s, kv_full, q_full, q_empty, dout_full, dout_empty,
+            q, k, v, dout, query_lo, query_hi, q_s, k_s, v_s, dout_s, kv_full, q_full, q_empty, dout_full, ds_full,
             seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
-            KIND, QUERIES, KEYS, DIM, Q_STAGES, DOUT_STAGES,
+            KIND, QUERIES, KEYS, DIM, Q_STAGES,
         )),
         (_loader, (
-            lse, delta, query_lo, query_hi, lse_s, delta_s, q_full, q_empty, dout_full, dout_empty,
+            lse, delta, query_lo, query_hi, lse_s, delta_s, q_full, q_empty, dout_full, ds_full,
             stride_lb, stride_lh, stride_eb, stride_eh,
             seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset, lse_factor,
-            KIND, SHIFT, QUERIES, KEYS, Q_STAGES, DOUT_STAGES,
+            KIND, SHIFT, QUERIES, KEYS, Q_STAGES,
         )),
     ], [4, 1, 1], [REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -520,8 +509,7 @@ def launch_backward(
             {
                 "KIND": KIND_NUMBER[mask.kind], "SOFTCAP": softcap is not None, "CARRY": carry_dkv, "ROUND": rounded,
                 "PERMUTED": permuted(headdim), "SHIFT": shift(q.dtype),
-                "AHEAD": shift(q.dtype) > 0,
-                "QUERIES": queries, "DIM": dim, "Q_STAGES": config.q_stages, "DOUT_STAGES": config.dout_stages,
+                "QUERIES": queries, "DIM": dim, "Q_STAGES": config.q_stages,
                 "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
             },
             config.tile,

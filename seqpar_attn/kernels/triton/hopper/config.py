@@ -62,11 +62,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True, eq=False)
 class BackwardConfig:
-    """Tiles of ``queries``, in ``q_stages`` and ``dout_stages`` stages; the other fields as in ``ForwardConfig``."""
+    """Tiles of ``queries``, in ``q_stages`` stages; the other fields as in ``ForwardConfig``."""
 
     queries: int
     q_stages: int
-    dout_stages: int
     registers: int
     producer_registers: int
     maxnreg: int
@@ -79,8 +78,8 @@ class BackwardConfig:
 BACKWARD_KEYS = 128
 # By padded head dimension; queries times that is always 8192: two warpgroups share a tile of dQ.
 BACKWARD = {
-    64: BackwardConfig(128, 3, 2, 240, 24, 168),
-    128: BackwardConfig(64, 3, 2, 240, 24, 168),
+    64: BackwardConfig(128, 3, 240, 24, 168),
+    128: BackwardConfig(64, 3, 240, 24, 168),
 }
 _KEY_TILES_TOGETHER = 32 * 132
 
@@ -96,7 +95,7 @@ def heads_together(heads: int, key_tiles: int) -> int:
 
 def shift(dtype: torch.dtype) -> int:
     """P, and with it dS and dq, is 2 to the power of this times itself: as fp16 it then has range and digits enough to
-    wait for dP in 16 bits without adding to the error of dS in bf16."""
+    wait for dP in 16 bits without adding to the error of dS in bf16. For fp16, ``adapter.pack`` has another format."""
     return 14 if dtype == torch.bfloat16 else 0
 
 
