@@ -23,9 +23,11 @@ __all__ = [
     "fence_async_shared",
     "gl",
     "gluon",
+    "held_back",
     "mbarrier",
     "named_barrier",
     "pack",
+    "pack_rounded",
     "reinterpret",
     "tanh",
     "tma_add",
@@ -33,6 +35,7 @@ __all__ = [
     "tma_store",
     "tma_wait",
     "unpack",
+    "unpack_rounded",
     "warpgroup_barrier",
     "warpgroup_mma",
     "warpgroup_mma_wait",
@@ -134,3 +137,33 @@ def unpack(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
         odd = (((x >> 4) & 0xFFFF000) + 805306368).to(gl.float32, bitcast=True)
     x = gl.reshape(gl.join(even, odd), [x.shape[0], x.shape[1] * 2])
     return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def pack_rounded(x, DTYPE: gl.constexpr):
+    """[M, N] fp32 -> [M, N / 2] int32, two neighbours in bf16 or fp16 each; see ``pack`` for why."""
+    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def unpack_rounded(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The inverse, in LAYOUT."""
+    even = (x & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
+    odd = (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    x = gl.reshape(gl.join(even, odd), [x.shape[0], x.shape[1] * 2])
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def held_back(x):
+    """int32 ``x``, as if it were not known before this place: else what is made of it, here comparisons with every key
+    of a tile, is made before a wait, and kept in more registers and instructions than it takes."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)

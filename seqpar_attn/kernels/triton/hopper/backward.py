@@ -312,7 +312,10 @@ def _consumer(
             following = gl.where(at % _TILE + 1 == group, at // _TILE * _TILE + to_next_tile, at + 1)
             mbarrier.wait(dout_full.index(dout_slot), (i >> 1) & 1)
             dout_tile = dout_s.index(dout_slot).reshape([QUERIES, DIM])
-            dp = gl.zeros([64, QUERIES], gl.float32, SCORES) + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
+            dp = (
+                gl.zeros([64, QUERIES], gl.float32, SCORES)
+                + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
+            )
             dp = warpgroup_mma(v_s.index(c + zero).reshape([64, DIM]), dout_tile.permute((1, 0)), dp, is_async=True)
             p_operand = unpack(p, SHIFT > 0, SCORES).to(q_s.dtype)
             dv_sum = warpgroup_mma(gl.convert_layout(p_operand, OPERAND), dout_tile, dv_sum, is_async=True)
@@ -377,7 +380,7 @@ def _consumer(
 
     if steps > 0 or not CARRY:
         # This warpgroup's part of the memory of V, and of dQ, is now its own.
-        UNSHIFT: gl.constexpr = 2.0 ** -SHIFT
+        UNSHIFT: gl.constexpr = 2.0**-SHIFT
         dv_sum = dv_sum * UNSHIFT
         dk_sum = dk_sum * (softmax_scale * UNSHIFT)
         dq_c = dq_s.index(c)
@@ -409,7 +412,15 @@ def _consumer(
     tma_wait(0)
 
 
-@gluon.jit(do_not_specialize=[*CHANGING, "nheads_kv", "together", "wave", *["stride_lb", "stride_lh", "stride_eb", "stride_eh"]])
+@gluon.jit(
+    do_not_specialize=[
+        *CHANGING,
+        "nheads_kv",
+        "together",
+        "wave",
+        *["stride_lb", "stride_lh", "stride_eb", "stride_eh"],
+    ]
+)
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, query_lo, query_hi,
     stride_lb, stride_lh, stride_eb, stride_eh, seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave,

@@ -39,6 +39,25 @@ FORWARD = {
     64: ForwardConfig(2, 128, 4, True, 240, 24, 168),
     128: ForwardConfig(2, 128, 2, True, 240, 24, 168),
 }
+FORWARD_TALL = {64: ForwardConfig(3, 128, 4, False, 160, 32, 128)}
+"""Faster per row, but a tile's rows divide fewer lengths and masks."""
+_TALL_IS_FASTER = 1.15
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_forward(headdim: int, full: bool, seqlen_q: int, heads: int, programs: int) -> ForwardConfig:
+    """``heads`` over all batches, ``programs`` that run at once."""
+    dim = padded(headdim)
+    flat, tall = FORWARD[dim], FORWARD_TALL.get(dim)
+    if tall is None:
+        return flat
+
+    def rounds(config: ForwardConfig) -> float:
+        """In units of 64 rows: without a mask, the last round takes as long as any other."""
+        tiles = -(-seqlen_q // (64 * config.consumers)) * heads
+        return config.consumers * (-(-tiles // programs) if full else tiles / programs)
+
+    return tall if rounds(tall) < _TALL_IS_FASTER * rounds(flat) else flat
 
 
 def padded(headdim: int) -> int:

@@ -28,13 +28,16 @@ from .adapter import (
     fence_async_shared,
     gl,
     gluon,
+    held_back,
     mbarrier,
     named_barrier,
+    pack_rounded,
     reinterpret,
     tanh,
     tma_load,
     tma_store,
     tma_wait,
+    unpack_rounded,
     warpgroup_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -72,7 +75,9 @@ def _tile(r, tiles, heads_total, at_once, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _key_tiles(row, seqlen_q, seqlen_k, parts, offset, key_lo, key_hi, ROWS: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr):
+def _key_tiles(
+    row, seqlen_q, seqlen_k, parts, offset, key_lo, key_hi, ROWS: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr
+):
     """What the query tile at ``row`` sees, over all parts: (masked tiles, tiles that every row sees in full); and where
     they are, in keys: the first ``left`` masked ones from ``begin`` on, the others from ``full_end`` on, the full ones
     between ``full_begin`` and ``full_end``. Both bounds of intervals never decrease along the rows, so the first and the
@@ -174,11 +179,10 @@ def _softmax(
     if SOFTCAP:
         s = tanh(s * pre_scale)
     if MASKED:
-        keys = (key + gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT)))[None, :]
+        keys = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+        s = gl.where(keys < held_back(hi - key)[:, None], s, float("-inf"))
         if KIND == INTERVAL:
-            s = gl.where((keys >= lo[:, None]) & (keys < hi[:, None]), s, float("-inf"))
-        else:
-            s = gl.where(keys < hi[:, None], s, float("-inf"))
+            s = gl.where(keys >= held_back(lo - key)[:, None], s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1) * post_scale)
     base = new_peak
     if MASKED:
@@ -206,6 +210,7 @@ def _step(
     s = warpgroup_mma(q_c, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
     v_tile = v_s.index(before).reshape([v_s.shape[4], v_s.shape[5]])
+    p = gl.convert_layout(unpack_rounded(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     if PINGPONG:
         named_barrier("arrive", "8" if c else "9")
@@ -217,7 +222,7 @@ def _step(
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, SUMS))[:, None]
-    return acc, peak, total, gl.convert_layout(p.to(v_s.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    return acc, peak, total, pack_rounded(p, v_s.dtype)
 
 
 @gluon.jit
@@ -288,7 +293,7 @@ def _consumer(
         p, peak, total, rescale = _softmax(
             s, peak, total, lo, hi, key, pre_scale, post_scale, MASKS, KIND, SOFTCAP, KEYS, SCORES
         )
-        p = gl.convert_layout(p.to(q_s.dtype), gl.DotOperandLayout(0, SUMS, 2))
+        p = pack_rounded(p, v_s.dtype)
         j0 = 1
         if MASKS:
             for j in range(1, masked):
@@ -307,6 +312,7 @@ def _consumer(
         i += masked + full
         before = (i - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+        p = gl.convert_layout(unpack_rounded(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
         acc = warpgroup_mma(p, v_s.index(before).reshape([KEYS, DIM]), acc, is_async=True)
 
         if CARRY:

@@ -13,7 +13,7 @@ from ...base import BlockMask, forward_without_keys
 from ...device import on_device_of
 from .. import TritonKernel, check_scale
 from . import refuses
-from .config import BACKWARD, FORWARD, BackwardConfig, ForwardConfig, padded
+from .config import BACKWARD, BackwardConfig, ForwardConfig, choose_forward, multiprocessors, padded
 
 
 @functools.cache
@@ -35,14 +35,10 @@ class HopperKernel(TritonKernel):
 
     nondeterministic = "dq is added up in whatever order programs come to it"
 
-    def __init__(
-        self,
-        forward_configs: dict[int, ForwardConfig] = FORWARD,
-        backward_configs: dict[int, BackwardConfig] = BACKWARD,
-    ) -> None:
-        """Configurations by padded head dimension; others than the default are for measurements."""
+    def __init__(self, forward: ForwardConfig | None = None, backward: BackwardConfig | None = None) -> None:
+        """Configurations, for measurements; None: those that ``config`` chooses."""
         super().__init__()
-        self._forward, self._backward = forward_configs, backward_configs
+        self._forward, self._backward = forward, backward
 
     def refuses(
         self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
@@ -70,7 +66,10 @@ class HopperKernel(TritonKernel):
         if k.numel() == 0:
             forward_without_keys(lse, out_acc, out, carry)
             return
-        config = self._forward[padded(q.shape[3])]
+        batch, seqlen_q, nheads, headdim = q.shape
+        config = self._forward or choose_forward(
+            headdim, mask.kind is MaskKind.FULL, seqlen_q, batch * nheads, multiprocessors(q.device)
+        )
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_forward(config, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
@@ -105,7 +104,7 @@ class HopperKernel(TritonKernel):
                 dk.zero_()
                 dv.zero_()
             return
-        config = self._backward[padded(q.shape[3])]
+        config = self._backward or BACKWARD[padded(q.shape[3])]
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_backward(
