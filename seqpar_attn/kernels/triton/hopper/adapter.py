@@ -27,7 +27,6 @@ __all__ = [
     "mbarrier",
     "named_barrier",
     "pack",
-    "pack_rounded",
     "reinterpret",
     "tanh",
     "tma_add",
@@ -35,7 +34,6 @@ __all__ = [
     "tma_store",
     "tma_wait",
     "unpack",
-    "unpack_rounded",
     "warpgroup_barrier",
     "warpgroup_mma",
     "warpgroup_mma_wait",
@@ -94,56 +92,11 @@ def tanh(x):
 
 
 @gluon.jit
-def pack(x, HALF: gl.constexpr):
-    """[M, N] fp32 -> [M, N / 2] int32, two neighbours in 16 bits each. As a tensor of 16-bit numbers it would take a
-    register for each of them where it lives across a loop's edge.
-
-    HALF: as fp16. Else as numbers without sign from 2^-31 to 2 with 5 bits of exponent and 11 of mantissa, one more than
-    fp16 has: smaller ones become 2^-31, larger ones and NaN the largest.
-    """
+def pack(x, DTYPE: gl.constexpr):
+    """[M, N] fp32 -> [M, N / 2] int32, two neighbours as bf16 or fp16 in each. As a tensor of 16-bit numbers it would
+    take a register for each of them where it lives across a loop's edge."""
     even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    if HALF:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        # The exponent of 2^-31 is 96; half of the last place is added for rounding.
-        CODE: gl.constexpr = """{
-            .reg .s32 a, b;
-            add.s32 a, $1, -805304320;
-            add.s32 b, $2, -805304320;
-            max.s32 a, a, 0;
-            max.s32 b, b, 0;
-            min.s32 a, a, 268435455;
-            min.s32 b, b, 268435455;
-            shr.u32 a, a, 12;
-            shr.u32 b, b, 12;
-            prmt.b32 $0, a, b, 0x5410;
-        }"""
-        even, odd = even.to(gl.int32, bitcast=True), odd.to(gl.int32, bitcast=True)
-        return gl.inline_asm_elementwise(CODE, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def unpack(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
-    """The inverse of ``pack``, in LAYOUT."""
-    if HALF:
-        CODE: gl.constexpr = "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}"
-        even, odd = gl.inline_asm_elementwise(
-            CODE, "=f,=f,r", [x], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-        )  # fmt: skip
-    else:
-        even = (((x & 0xFFFF) << 12) + 805306368).to(gl.float32, bitcast=True)
-        odd = (((x >> 4) & 0xFFFF000) + 805306368).to(gl.float32, bitcast=True)
-    x = gl.reshape(gl.join(even, odd), [x.shape[0], x.shape[1] * 2])
-    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def pack_rounded(x, DTYPE: gl.constexpr):
-    """[M, N] fp32 -> [M, N / 2] int32, two neighbours in bf16 or fp16 each; see ``pack`` for why."""
-    even, odd = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    if DTYPE == gl.bfloat16:
+    if gl.bfloat16 == DTYPE:
         return gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
         )
@@ -154,7 +107,7 @@ def pack_rounded(x, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def unpack_rounded(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+def unpack(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     """The inverse, in LAYOUT."""
     even = (x & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
     odd = (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)

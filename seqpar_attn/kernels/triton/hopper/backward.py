@@ -199,6 +199,14 @@ def _probabilities(
 
 
 @gluon.jit
+def _unpacked(p, PACKED: gl.constexpr, SCORES: gl.constexpr):
+    if PACKED:
+        return unpack(p, gl.float16, SCORES).to(gl.float32)
+    else:
+        return p
+
+
+@gluon.jit
 def _dq(ds_s, k_s, slot, zero, c: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.constexpr, DQ: gl.constexpr):
     """This warpgroup's [64, 64] of dQ = dS K, summed over both warpgroups' keys: half of the columns if there are 128,
     half of the rows if there are 64."""
@@ -267,6 +275,9 @@ def _consumer(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16 inputs
+    # that would add to the error of dS.
+    PACKED: gl.constexpr = SHIFT > 0
     head_index, part, tile_key, first, end, down = _work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
@@ -298,7 +309,8 @@ def _consumer(
             s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
             post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
-        p = pack(p, SHIFT > 0)
+        if PACKED:
+            p = pack(p, gl.float16)
         # Beside the first tile, a product of stale memory: added to queries that do not exist.
         late = at * 0 + _NO_TILE
         stored = late
@@ -317,16 +329,18 @@ def _consumer(
                 + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
             )
             dp = warpgroup_mma(v_s.index(c + zero).reshape([64, DIM]), dout_tile.permute((1, 0)), dp, is_async=True)
-            p_operand = unpack(p, SHIFT > 0, SCORES).to(q_s.dtype)
+            p_operand = _unpacked(p, PACKED, SCORES).to(q_s.dtype)
             dv_sum = warpgroup_mma(gl.convert_layout(p_operand, OPERAND), dout_tile, dv_sum, is_async=True)
             # dQ of the last step, stored long enough ago that the fence does not wait.
             fence_async_shared()
             warpgroup_barrier()
             _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
             dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
-            mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-            s = _scores(k_s.index(c + zero).reshape([64, DIM]), q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
-            p = unpack(p, SHIFT > 0, SCORES)
+            k_c = k_s.index(c + zero).reshape([64, DIM])
+            if PACKED:
+                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
+                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
+            p = _unpacked(p, PACKED, SCORES)
             ds = p * dp
             if SOFTCAP:
                 # The derivative of the cap, from P: to keep the capped scores would take too many registers.
@@ -334,6 +348,9 @@ def _consumer(
                 capped = gl.where(p == 0.0, 0.0, (gl.log2(p) - shifted) / post_scale)
                 ds = ds * (1.0 - capped * capped)
             ds = ds.to(q_s.dtype)
+            if not PACKED:
+                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
+                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
             # Both warpgroups' dS of the step before. It also says that nobody reads the slot that is written now.
             slot = i & 1
             mbarrier.wait(ds_full.index(slot ^ 1), ((i - 1) >> 1) & 1, pred=i > 0)
@@ -347,7 +364,8 @@ def _consumer(
                 s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
                 pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
-            p = pack(p, SHIFT > 0)
+            if PACKED:
+                p = pack(p, gl.float16)
             late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)

@@ -40,22 +40,22 @@ FORWARD = {
     128: ForwardConfig(2, 128, 2, True, 240, 24, 168),
 }
 FORWARD_TALL = {64: ForwardConfig(3, 128, 4, False, 160, 32, 128)}
-"""Faster per row, but a tile's rows divide fewer lengths and masks."""
-_TALL_IS_FASTER = 1.15
+"""Faster per row, but a tile's rows divide fewer lengths. Spills with a soft cap or intervals."""
+_TALL_IS_FASTER = 1.1
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_forward(headdim: int, full: bool, seqlen_q: int, heads: int, programs: int) -> ForwardConfig:
-    """``heads`` over all batches, ``programs`` that run at once."""
+def choose_forward(headdim: int, plain: bool, seqlen_q: int, heads: int, programs: int) -> ForwardConfig:
+    """``plain``: neither intervals nor a soft cap; ``heads`` over all batches; ``programs`` that run at once."""
     dim = padded(headdim)
     flat, tall = FORWARD[dim], FORWARD_TALL.get(dim)
-    if tall is None:
+    if tall is None or not plain:
         return flat
 
-    def rounds(config: ForwardConfig) -> float:
-        """In units of 64 rows: without a mask, the last round takes as long as any other."""
+    def rounds(config: ForwardConfig) -> int:
+        """In units of 64 rows; the last one takes as long as any other."""
         tiles = -(-seqlen_q // (64 * config.consumers)) * heads
-        return config.consumers * (-(-tiles // programs) if full else tiles / programs)
+        return config.consumers * -(-tiles // programs)
 
     return tall if rounds(tall) < _TALL_IS_FASTER * rounds(flat) else flat
 
@@ -114,7 +114,7 @@ def heads_together(heads: int, key_tiles: int) -> int:
 
 def shift(dtype: torch.dtype) -> int:
     """P, and with it dS and dq, is 2 to the power of this times itself: as fp16 it then has range and digits enough to
-    wait for dP in 16 bits without adding to the error of dS in bf16. For fp16, ``adapter.pack`` has another format."""
+    wait for dP in 16 bits without adding to the error of dS in bf16."""
     return 14 if dtype == torch.bfloat16 else 0
 
 

@@ -31,13 +31,13 @@ from .adapter import (
     held_back,
     mbarrier,
     named_barrier,
-    pack_rounded,
+    pack,
     reinterpret,
     tanh,
     tma_load,
     tma_store,
     tma_wait,
-    unpack_rounded,
+    unpack,
     warpgroup_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -118,6 +118,16 @@ def _masked_start(i, begin, left, full_end, KEYS: gl.constexpr, KIND: gl.constex
 
 
 @gluon.jit
+def _load_carry(
+    out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM: gl.constexpr, CONSUMERS: gl.constexpr
+):  # fmt: skip
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(stage_empty.index(c), (r & 1) ^ 1)
+        mbarrier.expect(stage_full.index(c), 64 * DIM * 4)
+        tma_load(out_acc, [batch, head, row + 64 * c, 0], stage_full.index(c), stage_s.index(c))
+
+
+@gluon.jit
 def _producer(
     q, k, v, out_acc, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stage_full, stage_empty, seqlen_q, seqlen_k, parts, nheads, group, heads_total, at_once, offset,
@@ -158,15 +168,16 @@ def _producer(
                     mbarrier.wait(q_empty.index(c), (r & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), 64 * DIM * 2)
                     tma_load(q, [batch, head, row + 64 * c, 0], q_full.index(c), q_s.index(c))
+            if CARRY:
+                if j == STAGES:  # the consumers have come to this tile: they give the stage up for it
+                    _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), KEYS * DIM * 2)
             tma_load(v, [part, batch, head_kv, start, 0], v_full.index(slot), v_s.index(slot))
             i += 1
         if CARRY:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(stage_empty.index(c), (r & 1) ^ 1)
-                mbarrier.expect(stage_full.index(c), 64 * DIM * 4)
-                tma_load(out_acc, [batch, head, row + 64 * c, 0], stage_full.index(c), stage_s.index(c))
+            if masked + full <= STAGES:
+                _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
 
 
 @gluon.jit
@@ -210,7 +221,7 @@ def _step(
     s = warpgroup_mma(q_c, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
     v_tile = v_s.index(before).reshape([v_s.shape[4], v_s.shape[5]])
-    p = gl.convert_layout(unpack_rounded(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
+    p = gl.convert_layout(unpack(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     if PINGPONG:
         named_barrier("arrive", "8" if c else "9")
@@ -222,7 +233,7 @@ def _step(
     acc = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, SUMS))[:, None]
-    return acc, peak, total, pack_rounded(p, v_s.dtype)
+    return acc, peak, total, pack(p, v_s.dtype)
 
 
 @gluon.jit
@@ -293,7 +304,7 @@ def _consumer(
         p, peak, total, rescale = _softmax(
             s, peak, total, lo, hi, key, pre_scale, post_scale, MASKS, KIND, SOFTCAP, KEYS, SCORES
         )
-        p = pack_rounded(p, v_s.dtype)
+        p = pack(p, v_s.dtype)
         j0 = 1
         if MASKS:
             for j in range(1, masked):
@@ -312,7 +323,7 @@ def _consumer(
         i += masked + full
         before = (i - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        p = gl.convert_layout(unpack_rounded(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
+        p = gl.convert_layout(unpack(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
         acc = warpgroup_mma(p, v_s.index(before).reshape([KEYS, DIM]), acc, is_async=True)
 
         if CARRY:

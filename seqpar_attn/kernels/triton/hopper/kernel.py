@@ -67,8 +67,9 @@ class HopperKernel(TritonKernel):
             forward_without_keys(lse, out_acc, out, carry)
             return
         batch, seqlen_q, nheads, headdim = q.shape
+        plain = mask.kind is not MaskKind.INTERVAL and softcap is None
         config = self._forward or choose_forward(
-            headdim, mask.kind is MaskKind.FULL, seqlen_q, batch * nheads, multiprocessors(q.device)
+            headdim, plain, seqlen_q, batch * nheads, multiprocessors(q.device)
         )
         launchers = _launchers()
         with on_device_of(q):
