@@ -81,7 +81,7 @@ def _auto_choices(devices: list[torch.device]) -> list[dict[str, Any]]:
 
 def _triton_kernels(devices: list[torch.device]) -> list[dict[str, Any]]:
     """Which kernels the triton backend has for calls with head dimension 128, and why not those for Hopper."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for device in devices:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for deterministic in (False, True):

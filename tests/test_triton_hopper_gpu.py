@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_slices_of_dq(kernel) -> None:
     grads = []
     for cuts in ((0, 300), (0, 37, 101, 300)):
         dq, dk, dv = (torch.full(x.shape, float("nan"), device="cuda") for x in (q, k, v))
-        for number, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        for number, (a, b) in enumerate(itertools.pairwise(cuts)):
             kernel.backward(q[:, a:b], k, v, dout[:, a:b], lse[:, :, a:b], delta[:, :, a:b], dq[:, a:b], dk, dv, mask,
                             **scale, carry_dq=False, carry_dkv=number > 0, deterministic=False)  # fmt: skip
         grads.append((torch.empty_like(q), dk, dv))

@@ -10,22 +10,7 @@ itself for bf16.
 
 from __future__ import annotations
 
-import torch
-
-from ....mask import MaskKind
-from ...base import BlockMask
-from ..common import (
-    CAUSAL,
-    CHANGING,
-    FULL,
-    INTERVAL,
-    KIND_NUMBER,
-    LOG2E,
-    cdiv,
-    key_sizes,
-    score_scales,
-)
-from ..plans import Plan, launch
+from ..common import CAUSAL, CHANGING, FULL, INTERVAL, LOG2E
 from .adapter import (
     fence_async_shared,
     gl,
@@ -43,9 +28,6 @@ from .adapter import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .config import BACKWARD_KEYS, BackwardConfig, heads_together, multiprocessors, padded, permuted, shift
-from .descriptors import describe
-from .finish import launch_zero
 
 _NEVER = gl.constexpr(1 << 30)
 # A query tile and a head of the group as one number, for the consumers are short of registers: tile * _TILE + head.
@@ -86,7 +68,7 @@ def _work(
 
 @gluon.jit
 def _walk(i, group, first, end, down):
-    """(query tile, head in the group) of step ``i``: heads see a query tile in turn. A step past the last repeats it."""
+    """(query tile, head in the group) of step ``i``: heads take turns with a query tile. Past the last, that again."""
     step = gl.minimum(i, (end - first) * group - 1)
     tile = step // group
     return gl.where(down, end - 1 - tile, first + tile), step - tile * group
@@ -134,7 +116,7 @@ def _loader(
     """(SHIFT - lse in powers of two) times ``lse_factor``, and -delta, of each query tile: the copy engine could not,
     for slices of lse along the sequence begin anywhere. Rows without keys and rows that do not exist get -inf and 0,
     which makes their P and dS 0."""
-    head_index, part, key, first, end, down = _work(
+    head_index, _part, _key, first, end, down = _work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = (head_index // nheads_kv).to(gl.int64)
@@ -275,8 +257,8 @@ def _consumer(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16 inputs
-    # that would add to the error of dS.
+    # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16
+    # inputs that would add to the error of dS.
     PACKED: gl.constexpr = SHIFT > 0
     head_index, part, tile_key, first, end, down = _work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
@@ -306,8 +288,8 @@ def _consumer(
         s = _scores(k_s.index(c).reshape([64, DIM]), q_s, lse_s, 0, QUERIES, SOFTCAP, SCORES)
         s = warpgroup_mma_wait(0, [s])
         p = _probabilities(
-            s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
-            post_scale, KIND, SOFTCAP, QUERIES, SCORES,
+            s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
+            pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
         if PACKED:
             p = pack(p, gl.float16)
@@ -361,20 +343,20 @@ def _consumer(
             )
             s = warpgroup_mma_wait(3, [s])
             p = _probabilities(
-                s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
-                pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
+                s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k,
+                offset, pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
             if PACKED:
                 p = pack(p, gl.float16)
             late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)
-            # All threads meet here: the dQ before has left its memory for all of them. The producers take it for the sign
-            # that dout has been read.
+            # All threads meet here: the dQ before has left its memory for all of them. The producers take it for the
+            # sign that dout has been read.
             mbarrier.arrive(ds_full.index(slot), count=1)
             _store_dq(dq_c, late_dq, PERMUTED)
-            # Plus zero, here and below: what is handed from one variable that the loop carries to another that began with
-            # the same value, Triton's compiler takes for that value for ever.
+            # Plus zero, here and below: what is handed from one variable that the loop carries to another that began
+            # with the same value, Triton's compiler takes for that value for ever.
             stored = late + zero
             dk_sum = warpgroup_mma_wait(0, [dk_sum])
             mbarrier.arrive(q_empty.index(q_slot), count=1)
@@ -441,8 +423,9 @@ def _consumer(
 )
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, query_lo, query_hi,
-    stride_lb, stride_lh, stride_eb, stride_eh, seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave,
-    offset, pre_scale, post_scale, lse_factor, softmax_scale,
+    stride_lb, stride_lh, stride_eb, stride_eh,
+    seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
+    pre_scale, post_scale, lse_factor, softmax_scale,
     KIND: gl.constexpr, SOFTCAP: gl.constexpr, CARRY: gl.constexpr, ROUND: gl.constexpr, PERMUTED: gl.constexpr,
     SHIFT: gl.constexpr, QUERIES: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -500,57 +483,3 @@ def backward_kernel(
             KIND, SHIFT, QUERIES, KEYS, Q_STAGES,
         )),
     ], [4, 1, 1], [REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-
-
-def launch_backward(
-    config: BackwardConfig,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    mask: BlockMask,
-    softmax_scale: float,
-    softcap: float | None,
-    carry_dq: bool,
-    carry_dkv: bool,
-) -> None:
-    def plan() -> Plan:
-        batch, seqlen_q, nheads, headdim = q.shape
-        parts, seqlen_k, nheads_kv = key_sizes(k)
-        dim, heads_total = padded(headdim), batch * nheads_kv
-        queries = config.queries
-        key_tiles = cdiv(seqlen_k, BACKWARD_KEYS) * parts
-        rows, keys = [1, 1, queries, dim], [1, 1, 1, 64, dim]
-        gradient = keys if rounded else [1, 1, 1, 64, 64]
-        full = mask.kind is MaskKind.FULL
-        return Plan(
-            key_tiles * heads_total,
-            (
-                *lse.stride()[:2], *delta.stride()[:2], seqlen_q, seqlen_k, parts, nheads_kv, nheads // nheads_kv,
-                heads_total, 1 if full else heads_together(heads_total, key_tiles),
-                0 if full else multiprocessors(q.device),
-            ),
-            {
-                "KIND": KIND_NUMBER[mask.kind], "SOFTCAP": softcap is not None, "CARRY": carry_dkv, "ROUND": rounded,
-                "PERMUTED": permuted(headdim), "SHIFT": shift(q.dtype),
-                "QUERIES": queries, "DIM": dim, "Q_STAGES": config.q_stages,
-                "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
-            },
-            config.tile,
-            {0: rows, 1: keys, 2: keys, 3: rows, 6: [1, 1, 64, 64], 7: gradient, 8: gradient},
-            describe=describe,
-        )  # fmt: skip
-
-    if not carry_dq:
-        launch_zero(dq)
-    rounded = dk.dtype == q.dtype
-    arrays = (q, k, v, dout, lse, delta, dq, dk, dv, mask.query_lo, mask.query_hi)
-    pre_scale, post_scale = score_scales(softmax_scale, softcap)
-    lse_factor = 1.0 / post_scale if softcap is None else 1.0
-    variables = (mask.offset, pre_scale, post_scale, lse_factor, softmax_scale)
-    launch(backward_kernel, (config, mask.kind, softcap is None, carry_dkv, rounded), arrays, variables, plan)

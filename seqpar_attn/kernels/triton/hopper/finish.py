@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import padded_headdim, row_pointer, strides_bsh, tile_bounds, tile_offsets
+from ..common import row_pointer, strides_bsh, tile_bounds, tile_offsets
 from ..elementwise import own_rows, row_plan
 from ..plans import launch
 from .config import permuted, shift

@@ -1,29 +1,13 @@
 """Forward block kernel for Hopper: persistent, one producer warp, two or three consumer warpgroups of 64 query rows.
 
 The producer has the copy engine bring queries, keys, values and the carried accumulator. A consumer multiplies the
-scores of a tile of keys beside the values of the tile before, so that exponentials are taken while the tensor cores work.
+scores of a tile of keys beside the values of the tile before, so that exponentials are taken while tensor cores work.
 Tiles that a mask cuts come first, in a loop of their own: those inside pay nothing for masks.
 """
 
 from __future__ import annotations
 
-import torch
-
-from ....mask import MaskKind
-from ...base import BlockMask
-from ..common import (
-    CAUSAL,
-    CHANGING,
-    FULL,
-    INTERVAL,
-    KIND_NUMBER,
-    LN2,
-    LOG2E,
-    cdiv,
-    key_sizes,
-    score_scales,
-)
-from ..plans import Plan, launch
+from ..common import CAUSAL, CHANGING, FULL, INTERVAL, LN2, LOG2E
 from .adapter import (
     fence_async_shared,
     gl,
@@ -42,8 +26,6 @@ from .adapter import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .config import ForwardConfig, heads_at_once, multiprocessors, padded
-from .descriptors import describe
 
 
 @gluon.jit
@@ -80,8 +62,8 @@ def _key_tiles(
 ):
     """What the query tile at ``row`` sees, over all parts: (masked tiles, tiles that every row sees in full); and where
     they are, in keys: the first ``left`` masked ones from ``begin`` on, the others from ``full_end`` on, the full ones
-    between ``full_begin`` and ``full_end``. Both bounds of intervals never decrease along the rows, so the first and the
-    last row decide for the whole tile."""
+    between ``full_begin`` and ``full_end``. Both bounds of intervals never decrease along the rows, so the first and
+    the last row decide for the whole tile."""
     begin = row * 0
     left = row * 0
     full_begin = row * 0
@@ -168,14 +150,14 @@ def _producer(
                     mbarrier.wait(q_empty.index(c), (r & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), 64 * DIM * 2)
                     tma_load(q, [batch, head, row + 64 * c, 0], q_full.index(c), q_s.index(c))
-            if CARRY:
+            if CARRY:  # noqa: SIM102
                 if j == STAGES:  # the consumers have come to this tile: they give the stage up for it
                     _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), KEYS * DIM * 2)
             tma_load(v, [part, batch, head_kv, start, 0], v_full.index(slot), v_s.index(slot))
             i += 1
-        if CARRY:
+        if CARRY:  # noqa: SIM102
             if masked + full <= STAGES:
                 _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
 
@@ -288,7 +270,7 @@ def _consumer(
         s = warpgroup_mma(q_c, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if PINGPONG:
             named_barrier("arrive", "8" if c else "9")
-        if CARRY:
+        if CARRY:  # noqa: SIM102 - known when compiling, the other only when running
             if r > 0:  # the tile before has left the memory that this one's carry comes to
                 tma_wait(0)
                 mbarrier.arrive(stage_empty.index(c), count=1)
@@ -458,53 +440,3 @@ def forward_kernel(
                 offset, KIND, CARRY, KEYS, DIM, STAGES, CONSUMERS,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-
-
-def launch_forward(
-    config: ForwardConfig,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    out_acc: torch.Tensor | None,
-    out: torch.Tensor | None,
-    mask: BlockMask,
-    softmax_scale: float,
-    softcap: float | None,
-    carry: bool,
-    keep: bool,
-) -> None:
-    def plan() -> Plan:
-        batch, seqlen_q, nheads, headdim = q.shape
-        parts, seqlen_k, nheads_kv = key_sizes(k)
-        keys, dim, heads_total = config.keys, padded(headdim), batch * nheads
-        rows = [1, 1, 64, dim]
-        boxes = {0: rows, 1: [1, 1, 1, keys, dim], 2: [1, 1, 1, keys, dim], 4: rows, 5: rows}
-        if not (carry or keep):
-            del boxes[4]
-        if out is None:
-            del boxes[5]
-        tiles = cdiv(seqlen_q, 64 * config.consumers) * heads_total
-        return Plan(
-            min(tiles, multiprocessors(q.device)),
-            (
-                *lse.stride()[:2], seqlen_q, seqlen_k, parts, nheads, nheads // nheads_kv, heads_total,
-                heads_at_once(mask.kind is MaskKind.FULL, heads_total, 2 * seqlen_k * headdim * k.element_size()),
-            ),
-            {
-                "KIND": KIND_NUMBER[mask.kind], "EVEN": seqlen_k % keys == 0, "CARRY": carry, "KEEP": keep,
-                "SOFTCAP": softcap is not None, "KEYS": keys, "DIM": dim, "STAGES": config.stages,
-                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "REGISTERS": config.registers,
-                "PRODUCER_REGISTERS": config.producer_registers,
-            },
-            config.tile,
-            boxes,
-            describe=describe,
-        )  # fmt: skip
-
-    keep = keep and out_acc is not None
-    if not (carry or keep):
-        out_acc = None
-    arrays = (q, k, v, lse, out_acc, out, mask.key_lo, mask.key_hi)
-    variables = (mask.offset, *score_scales(softmax_scale, softcap))
-    launch(forward_kernel, (config, mask.kind, softcap is None, carry, keep), arrays, variables, plan)

@@ -19,11 +19,11 @@ from .config import BACKWARD, BackwardConfig, ForwardConfig, choose_forward, mul
 @functools.cache
 def _launchers() -> Any:
     """What needs Gluon, imported once and late; an import statement costs host time at every launch."""
-    from . import backward, finish, forward
+    from . import finish, launch
 
     return SimpleNamespace(
-        launch_forward=forward.launch_forward,
-        launch_backward=backward.launch_backward,
+        launch_forward=launch.launch_forward,
+        launch_backward=launch.launch_backward,
         launch_zero=finish.launch_zero,
         launch_finish=finish.launch_finish,
     )
@@ -68,9 +68,7 @@ class HopperKernel(TritonKernel):
             return
         batch, seqlen_q, nheads, headdim = q.shape
         plain = mask.kind is not MaskKind.INTERVAL and softcap is None
-        config = self._forward or choose_forward(
-            headdim, plain, seqlen_q, batch * nheads, multiprocessors(q.device)
-        )
+        config = self._forward or choose_forward(headdim, plain, seqlen_q, batch * nheads, multiprocessors(q.device))
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_forward(config, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
