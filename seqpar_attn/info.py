@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from . import kernels
 from .kernels.cuda import building, library
+from .kernels.triton import portable_because
 from .mask import MaskKind
 
 _PACKAGES = ("seqpar_attn", "torch", "triton", "transformers", "accelerate", "flash_attn", "flash-attn-4", "numpy")
@@ -78,6 +79,22 @@ def _auto_choices(devices: list[torch.device]) -> list[dict[str, Any]]:
     return rows
 
 
+def _triton_kernels(devices: list[torch.device]) -> list[dict[str, Any]]:
+    """Which kernels the triton backend has for calls with head dimension 128, and why not those for Hopper."""
+    rows: list[dict[str, Any]] = []
+    for device in devices:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for deterministic in (False, True):
+                why = portable_because(device, dtype, 128, deterministic)
+                row = {
+                    "device": str(device),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "deterministic": deterministic,
+                }
+                rows.append(row | {"kernels": "portable" if why else "hopper", "why": why})
+    return rows
+
+
 def gather() -> dict[str, Any]:
     """Everything as one JSON-compatible dict. Looks for GPUs, but allocates nothing on them."""
     gpus = _gpus()
@@ -91,6 +108,7 @@ def gather() -> dict[str, Any]:
         "no_gpu": _no_gpu_reason(),
         "backends": {name: kernels.unavailable(name) for name in kernels.names()},
         "auto": _auto_choices(devices),
+        "triton_kernels": _triton_kernels(devices[1:] if kernels.unavailable("triton") is None else []),
         "transports": _transports(len(gpus)),
     }
 
@@ -132,6 +150,19 @@ def render(info: dict[str, Any]) -> str:
     lines += _table(
         [header] + [(x["device"], x["dtype"], x["causal"] or "none", x["interval"] or "none") for x in info["auto"]]
     )
+    if info["triton_kernels"]:
+        lines += ["kernels of triton"]
+        lines += _table(
+            [
+                (
+                    x["device"],
+                    x["dtype"] + (", deterministic" if x["deterministic"] else ""),
+                    x["kernels"],
+                    x["why"] or "",
+                )
+                for x in info["triton_kernels"]
+            ]
+        )
     lines += ["transports"]
     lines += _table([(name, f"no: {why}" if why else "available") for name, why in info["transports"].items()])
     return "\n".join(lines)

@@ -34,6 +34,7 @@ def test_json_without_a_gpu() -> None:
     assert report["backends"]["cudnn"]
     chosen = {(row["device"], row["dtype"]): row["causal"] for row in report["auto"]}
     assert chosen[("cpu", "bfloat16")] == chosen[("cpu", "float64")] == "reference"
+    assert report["triton_kernels"] == []  # of no GPU
     assert report["nvcc"] == building.find_nvcc()
     assert report["transports"]["loopback"] is None
     assert report["transports"]["gloo"] is None
@@ -88,9 +89,15 @@ def test_render_a_machine_with_gpus() -> None:
         "no_gpu": None,
         "backends": {"reference": None, "cudnn": "torch sees no CUDA GPU"},
         "auto": [{"device": "cuda:0", "dtype": "bfloat16", "causal": "triton", "interval": None}],
+        "triton_kernels": [
+            {"device": "cuda:0", "dtype": "bfloat16", "deterministic": False, "kernels": "hopper", "why": None},
+            {"device": "cuda:0", "dtype": "float32", "deterministic": False, "kernels": "portable", "why": "too wide"},
+        ],
         "transports": {"loopback": None},
     }
     text = info.render(report).splitlines()
+    assert "  cuda:0  bfloat16    hopper" in text
+    assert "  cuda:0  float32     portable  too wide" in text
     assert "  triton  not installed" in text
     assert "  nvcc             none" in text
     assert "  library          /lib/libseqpar_attn.so (ABI 7, for 80, 90a)" in text

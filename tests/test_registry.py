@@ -36,6 +36,9 @@ class FakeKernel:
     def refuses(self, device, dtype, headdim, kinds, softcap) -> str | None:
         return self._refuses
 
+    def serving(self, device, dtype, headdim, deterministic):
+        return self
+
 
 @pytest.fixture(autouse=True)
 def fresh_cache():

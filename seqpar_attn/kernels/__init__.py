@@ -165,10 +165,10 @@ def resolve(
         reason = _refusal(name, device, dtype, headdim, kinds, softcap, deterministic)
         if reason is not None:
             raise ValueError(f"expected a backend that can serve this call, got {name!r}: {reason}")
-        return get(name)
+        return get(name).serving(device, dtype, headdim, deterministic)
     report = explain(device, dtype, headdim, kinds, softcap, deterministic)
     for candidate, reason in report:
         if reason == _CHOSEN:
-            return get(candidate)
+            return get(candidate).serving(device, dtype, headdim, deterministic)
     tried = "; ".join(f"{name}: {reason}" for name, reason in report)
     raise ValueError(f"expected a backend that can serve this call, got none: {tried}")

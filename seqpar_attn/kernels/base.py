@@ -11,7 +11,7 @@ block may be a slice of a shard. With a FULL mask, ``k, v`` (and ``dk, dv``) may
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -87,6 +87,10 @@ class Kernel(Protocol):
         self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
     ) -> str | None:
         """Why this backend cannot serve such a call, or None."""
+        ...
+
+    def serving(self, device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> Kernel:
+        """Which of this backend's kernels serves all blocks of such calls; mostly this one. Of the same name."""
         ...
 
     def forward(
@@ -189,6 +193,9 @@ class PlainKernel:
 
     def prepare(self) -> None:
         pass
+
+    def serving(self, device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> Any:
+        return self
 
 
 def delta_reference(out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:

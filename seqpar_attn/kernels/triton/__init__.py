@@ -1,4 +1,5 @@
-"""Portable Triton block kernels: sm_80 and later, and the CPU under ``TRITON_INTERPRET=1``.
+"""Triton block kernels: portable ones for sm_80 and later, and the CPU under ``TRITON_INTERPRET=1``; faster ones for
+Hopper in ``hopper/``.
 
 Importing this package never imports Triton; the kernels are compiled on first use.
 """
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, PlainKernel, accumulator_dtype, forward_without_keys
+from ..base import BlockMask, Kernel, PlainKernel, accumulator_dtype, forward_without_keys
 from ..device import architecture, on_device_of
+from . import hopper
 from .config import Chooser, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,6 +25,20 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _hopper() -> Kernel:
+    from .hopper.kernel import HopperKernel
+
+    return HopperKernel()
+
+
+def portable_because(device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> str | None:
+    """Why calls that this backend serves get the portable kernels, or None: those for Hopper serve them."""
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set"
+    return hopper.refuses(device, dtype, headdim, deterministic)
 
 
 @functools.cache
@@ -41,7 +57,8 @@ def _launchers() -> Any:
 
 
 class TritonKernel(PlainKernel):
-    """See :class:`seqpar_attn.kernels.base.Kernel`. Always deterministic: nothing is added with atomics."""
+    """See :class:`seqpar_attn.kernels.base.Kernel`. The portable kernels, which are always deterministic: nothing is
+    added with atomics. For what those for Hopper can do as well, ``serving`` gives them."""
 
     name = "triton"
 
@@ -77,6 +94,9 @@ class TritonKernel(PlainKernel):
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
+    def serving(self, device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> Kernel:
+        return self if portable_because(device, dtype, headdim, deterministic) else _hopper()
+
     def forward(
         self,
         q: torch.Tensor,
@@ -92,7 +112,7 @@ class TritonKernel(PlainKernel):
         carry: bool,
         keep: bool = True,
     ) -> None:
-        _check_scale(softmax_scale)
+        check_scale(softmax_scale)
         if q.numel() == 0:
             return
         if k.numel() == 0:
@@ -122,7 +142,7 @@ class TritonKernel(PlainKernel):
         carry_dkv: bool,
         deterministic: bool,
     ) -> None:
-        _check_scale(softmax_scale)
+        check_scale(softmax_scale)
         if q.numel() == 0 or k.numel() == 0:
             if not carry_dq:
                 dq.zero_()
@@ -172,7 +192,7 @@ class TritonKernel(PlainKernel):
             launchers.launch_accumulate(target, parts)
 
 
-def _check_scale(softmax_scale: float) -> None:
+def check_scale(softmax_scale: float) -> None:
     # The running maximum is taken before scaling, which a scale of other sign would turn into a minimum.
     if not softmax_scale > 0:
         raise ValueError(f"expected softmax_scale > 0, got {softmax_scale}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ ROWS_PER_PROGRAM = 32
 
 
 @triton.jit
-def _own_rows(seqlen, nheads, ROWS: tl.constexpr):
+def own_rows(seqlen, nheads, ROWS: tl.constexpr):
     """Heads run fastest: neighbouring programs then read neighbouring memory. One grid axis, as the others end at
     65535."""
     pid = tl.program_id(0)
@@ -27,7 +29,7 @@ def delta_kernel(
     out, dout, delta, stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, seqlen, nheads, headdim,
     ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    batch, head, row = _own_rows(seqlen, nheads, ROWS)
+    batch, head, row = own_rows(seqlen, nheads, ROWS)
     bounds = tile_bounds(row, seqlen, headdim, ROWS, DIM)
     # out, dout: [ROWS, DIM]
     out_pointers = row_pointer(out, batch, head, row, stride_ob, stride_os, stride_oh)
@@ -41,9 +43,7 @@ def delta_kernel(
 
 def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
     def plan() -> Plan:
-        batch, seqlen, nheads, headdim = out.shape
-        numbers = (*strides_bsh(out), *strides_bsh(dout), seqlen, nheads, headdim)
-        return _row_plan(batch, seqlen, nheads, headdim, numbers)
+        return row_plan(out, (*strides_bsh(out), *strides_bsh(dout)))
 
     launch(delta_kernel, dout.dtype, (out, dout, delta), (), plan)
 
@@ -54,7 +54,7 @@ def merge_kernel(
     stride_lb, stride_lh, stride_ab, stride_as, stride_ah, stride_mb, stride_mh, stride_pb, stride_ps, stride_ph,
     stride_ob, stride_os, stride_oh, seqlen, nheads, headdim, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    batch, head, row = _own_rows(seqlen, nheads, ROWS)
+    batch, head, row = own_rows(seqlen, nheads, ROWS)
     exists = (row + tl.arange(0, ROWS)) < seqlen
     bounds = tile_bounds(row, seqlen, headdim, ROWS, DIM)
     # lse, lse_part: [ROWS]
@@ -89,10 +89,8 @@ def launch_merge(
     out: torch.Tensor | None,
 ) -> None:
     def plan() -> Plan:
-        batch, seqlen, nheads, headdim = out_acc.shape
         strides = (*lse.stride()[:2], *strides_bsh(out_acc), *lse_part.stride()[:2], *strides_bsh(out_part))
-        numbers = (*strides, *strides_bsh(out), seqlen, nheads, headdim)
-        return _row_plan(batch, seqlen, nheads, headdim, numbers)
+        return row_plan(out_acc, (*strides, *strides_bsh(out)))
 
     dtypes = (out_part.dtype, None if out is None else out.dtype)
     launch(merge_kernel, dtypes, (lse, out_acc, lse_part, out_part, out), (), plan)
@@ -134,7 +132,10 @@ def launch_accumulate(target: torch.Tensor, parts: torch.Tensor) -> None:
     launch(accumulate_kernel, None, (target, parts), (), plan)
 
 
-def _row_plan(batch: int, seqlen: int, nheads: int, headdim: int, numbers: tuple[int, ...]) -> Plan:
+def row_plan(x: torch.Tensor, strides: tuple[int, ...], constants: dict[str, Any] | None = None) -> Plan:
+    """For a kernel that takes ``strides``, the sizes of x ``[batch, seqlen, nheads, headdim]`` and ``constants``."""
+    batch, seqlen, nheads, headdim = x.shape
     rows = ROWS_PER_PROGRAM
-    constants = {"ROWS": rows, "DIM": padded_headdim(headdim)}
-    return Plan(batch * nheads * cdiv(seqlen, rows), numbers, constants, Tile(rows, rows, 4, 1), {})
+    constants = {**(constants or {}), "ROWS": rows, "DIM": padded_headdim(headdim)}
+    programs = batch * nheads * cdiv(seqlen, rows)
+    return Plan(programs, (*strides, seqlen, nheads, headdim), constants, Tile(rows, rows, 4, 1), {})

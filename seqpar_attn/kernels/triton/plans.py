@@ -34,6 +34,8 @@ class Plan:
     boxes: dict[int, list[int]]
     """Which arrays are read through the copy engine, and in tiles of which shape."""
     needs_scratch: bool = False
+    describe: Callable[[Any, list[int], list[int], list[int]], Any] = TensorDescriptor
+    """``(tensor, shape, strides, box)`` -> what the kernel takes for a tensor that is read through the copy engine."""
     compiled: Any = None
     descriptors: tuple[tuple[int, list[int], list[int]], ...] = ()
     """Per box: the array, and its shape and strides as the copy engine wants them."""
@@ -116,7 +118,7 @@ def _compile(
     arguments: list[Any] = list(arrays)
     plan.descriptors = tuple((index, *_heads_first(arguments[index], len(box))) for index, box in plan.boxes.items())
     for index, shape, strides in plan.descriptors:
-        arguments[index] = TensorDescriptor(arguments[index], shape, strides, plan.boxes[index])
+        arguments[index] = plan.describe(arguments[index], shape, strides, plan.boxes[index])
     plan.compiled = kernel[(plan.programs,)](*arguments, *plan.numbers, *variables, **plan.constants, **options)
     if plan.compiled is None:  # the interpreter
         return
