@@ -1,0 +1,105 @@
+"""The loss's Triton kernels: sm_80 and later, and the CPU under ``TRITON_INTERPRET=1``.
+
+Importing this package never imports Triton; the kernels are compiled on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ...kernels.device import architecture, on_device_of
+from ...kernels.triton import interpreted
+from ..options import Options
+from ..reference import no_statistics
+
+Tensor = torch.Tensor
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def _launchers() -> Any:
+    from . import rows, split
+
+    return SimpleNamespace(
+        rows=rows.launch_rows, scale=rows.launch_scale, add=split.launch_add, finish=split.launch_finish
+    )
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot serve such logits here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in _DTYPES:
+        return f"expected bfloat16, float16 or float32, got {dtype}"
+    if device.type == "cuda":
+        if interpreted():
+            return "TRITON_INTERPRET=1 is set, but the tensors are on a GPU"
+        arch = architecture(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+        return None if arch >= 80 else f"expected compute capability 8.0 or later, got {arch / 10}"
+    if device.type != "cpu" or not interpreted():
+        return f"expected CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), got {device}"
+    return "Triton's interpreter rounds to bfloat16 wrongly" if dtype == torch.bfloat16 else None
+
+
+class TritonRows:
+    """See :class:`seqpar_attn.loss.reference.ReferenceRows`. No atomics: the same bits in every run."""
+
+    name = "triton"
+
+    def statistics(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options) -> Tensor:
+        if not logits.shape[1]:
+            return no_statistics(weight)
+        statistics = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
+        self._rows(logits, target, weight, statistics, None, options, True)
+        return statistics
+
+    def gradient(
+        self, logits: Tensor, target: Tensor, weight: Tensor, statistics: Tensor, options: Options, out: Tensor
+    ) -> None:
+        if logits.numel():
+            self._rows(logits, target, weight, statistics.contiguous(), out, options, False)
+
+    def both(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options, out: Tensor) -> Tensor:
+        if not logits.shape[1]:
+            return no_statistics(weight)
+        statistics = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
+        self._rows(logits, target, weight, statistics, out, options, True)
+        return statistics
+
+    def scale(self, x: Tensor, factor: Tensor) -> None:
+        if x.numel():
+            with on_device_of(x):
+                _launchers().scale(x, factor)
+
+    @staticmethod
+    def _rows(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        statistics: Tensor,
+        out: Tensor | None,
+        options: Options,
+        read: bool,
+    ) -> None:
+        if logits.numel():
+            with on_device_of(logits):
+                _launchers().rows(logits, target, weight.contiguous(), statistics, out, options, read)
+
+
+def add_split(high: Tensor, low: Tensor, addend: Tensor, first: bool) -> None:
+    """See :mod:`seqpar_attn.loss.triton.split`."""
+    if high.numel():
+        with on_device_of(high):
+            _launchers().add(high, low, addend, first)
+
+
+def finish_split(high: Tensor, low: Tensor, factor: Tensor) -> None:
+    """See :mod:`seqpar_attn.loss.triton.split`."""
+    if high.numel():
+        with on_device_of(high):
+            _launchers().finish(high, low, factor)

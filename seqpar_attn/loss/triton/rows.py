@@ -1,0 +1,222 @@
+"""Statistics and gradients of rows of logits; one program per row.
+
+The kernel that does both reads a row forwards for the statistics and backwards for the gradient: what it read last is
+what the L2 still has, so memory is read once. Lanes keep running maxima of their own, which costs no barrier until the
+row ends, and rescale once per vector of 16 bytes rather than once per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ...kernels.triton.common import LN2, LOG2E, cdiv, tanh
+from ..options import Options
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a program loads at once: ``lanes`` vectors of ``vector`` elements."""
+
+    lanes: int
+    vector: int
+    num_warps: int
+
+
+def choose(columns: int, itemsize: int) -> Block:
+    """Not measured: enough bytes in flight per program, and for long rows few programs at a time, so that the rows
+    being worked on fit the L2 (132 rows of 256 KiB in 50 MiB)."""
+    bytes_per_row = columns * itemsize
+    warps = 4 if bytes_per_row <= 16 << 10 else 8 if bytes_per_row <= 128 << 10 else 16
+    return Block(lanes=64 * warps, vector=16 // itemsize, num_warps=warps)
+
+
+@triton.jit
+def _offsets(start, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[LANES, VECTOR] columns of one block; a thread's 16 bytes are one row of it."""
+    return start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _capped(x, softcap, cap_inverse, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        return softcap * tanh(x * cap_inverse)
+    else:
+        return x
+
+
+@triton.jit
+def _observe(
+    peak, total, drift, logits, start, columns, first, softcap, cap_inverse,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One block more in the running maximum, sum of exponentials and sum of differences to ``first``, per lane."""
+    offsets = _offsets(start, LANES, VECTOR)
+    # logits: [LANES, VECTOR]
+    if MASKED:
+        x = tl.load(logits + offsets, mask=offsets < columns, other=float("-inf"), eviction_policy=POLICY)
+    else:
+        x = tl.load(logits + offsets, eviction_policy=POLICY)
+    z = _capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
+    if MASKED:  # after the cap, which would make -inf finite
+        z = tl.where(offsets < columns, z, float("-inf"))
+    new = tl.maximum(peak, tl.max(z, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp2((peak - base) * LOG2E) + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
+    if SMOOTHING:
+        difference = z - first
+        if MASKED:
+            difference = tl.where(offsets < columns, difference, 0.0)
+        drift += tl.sum(difference, 1)
+    return new, total, drift
+
+
+@triton.jit
+def _differentiate(
+    logits, grad, start, columns, target, weight, base, inverse, uniform, hit, softcap, cap_inverse,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block; ``grad`` may be ``logits``."""
+    offsets = _offsets(start, LANES, VECTOR)
+    # logits: [LANES, VECTOR]
+    if MASKED:
+        x = tl.load(logits + offsets, mask=offsets < columns, other=float("-inf"), eviction_policy="evict_first")
+    else:
+        x = tl.load(logits + offsets, eviction_policy="evict_first")
+    z = _capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
+    dz = tl.exp2((z - base) * LOG2E) * inverse - uniform - tl.where(offsets == target, hit, 0.0)
+    if SOFTCAP:
+        bent = z * cap_inverse
+        dz *= 1.0 - bent * bent
+    # grad: [LANES, VECTOR]
+    dx = (dz * weight).to(grad.dtype.element_ty)
+    if MASKED:
+        tl.store(grad + offsets, dx, mask=offsets < columns, eviction_policy="evict_first")
+    else:
+        tl.store(grad + offsets, dx, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rows_kernel(
+    logits, target, weight, statistics, grad, stride_row, stride_grad, tokens, columns,
+    softcap, cap_inverse, uniform, hit, z_loss,
+    READ: tl.constexpr, WRITE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Find the statistics (READ), else load them; then write the gradient (WRITE)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride_row
+    statistics += row
+    BLOCK: tl.constexpr = LANES * VECTOR
+    whole = columns // BLOCK * BLOCK
+    row_weight = tl.load(weight + row)
+    if row_weight == 0:
+        if READ:
+            tl.store(statistics, 0.0)
+            tl.store(statistics + tokens.to(tl.int64), 1.0)
+            tl.store(statistics + tokens.to(tl.int64) * 2, 0.0)
+            tl.store(statistics + tokens.to(tl.int64) * 3, 0.0)
+        if WRITE:
+            zeros = tl.zeros([LANES, VECTOR], tl.float32).to(grad.dtype.element_ty)
+            for start in tl.range(0, columns, BLOCK):
+                offsets = _offsets(start, LANES, VECTOR)
+                tl.store(grad + row * stride_grad + offsets, zeros, mask=offsets < columns)
+    else:
+        label = tl.load(target + row)
+        if READ:
+            # Before anything is written: the gradient may take the place of the logits.
+            chosen = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
+            chosen = tl.where(label >= 0, _capped(chosen, softcap, cap_inverse, SOFTCAP), 0.0)
+            first = 0.0
+            if SMOOTHING:
+                # Sums of differences to any element of the row do not cancel as sums of the elements would.
+                first = _capped(tl.load(logits).to(tl.float32), softcap, cap_inverse, SOFTCAP)
+                first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+            POLICY: tl.constexpr = "evict_last" if WRITE else "evict_first"
+            peaks = tl.full([LANES], float("-inf"), tl.float32)
+            totals = tl.zeros([LANES], tl.float32)
+            drifts = tl.zeros([LANES], tl.float32)
+            for start in tl.range(0, whole, BLOCK):
+                peaks, totals, drifts = _observe(
+                    peaks, totals, drifts, logits, start, columns, first, softcap, cap_inverse,
+                    False, SOFTCAP, SMOOTHING, POLICY, LANES, VECTOR,
+                )  # fmt: skip
+            if whole < columns:
+                peaks, totals, drifts = _observe(
+                    peaks, totals, drifts, logits, whole, columns, first, softcap, cap_inverse,
+                    True, SOFTCAP, SMOOTHING, POLICY, LANES, VECTOR,
+                )  # fmt: skip
+            peak = tl.max(peaks, 0)
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            total = tl.sum(totals * tl.exp2((peaks - base) * LOG2E), 0)
+            drift = 0.0
+            if SMOOTHING:
+                drift = tl.sum(drifts, 0) + columns * (first - base)
+            tl.store(statistics, peak)
+            tl.store(statistics + tokens.to(tl.int64), total)
+            tl.store(statistics + tokens.to(tl.int64) * 2, chosen)
+            tl.store(statistics + tokens.to(tl.int64) * 3, drift)
+        else:
+            peak = tl.load(statistics)
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            total = tl.load(statistics + tokens.to(tl.int64))
+        if WRITE:
+            grad += row * stride_grad
+            inverse = 1.0 / total
+            if Z_LOSS:
+                inverse *= 1.0 + 2.0 * z_loss * (peak + tl.log2(total) * LN2)
+            if whole < columns:
+                _differentiate(logits, grad, whole, columns, label, row_weight, base, inverse, uniform, hit,
+                               softcap, cap_inverse, True, SOFTCAP, LANES, VECTOR)  # fmt: skip
+            for back in tl.range(0, whole, BLOCK):
+                _differentiate(logits, grad, whole - BLOCK - back, columns, label, row_weight, base, inverse, uniform,
+                               hit, softcap, cap_inverse, False, SOFTCAP, LANES, VECTOR)  # fmt: skip
+
+
+def launch_rows(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    statistics: torch.Tensor,
+    out: torch.Tensor | None,
+    options: Options,
+    read: bool,
+    block: Block | None = None,
+) -> None:
+    tokens, columns = logits.shape
+    block = block or choose(columns, logits.element_size())
+    cap = options.softcap
+    grad = logits if out is None else out
+    assert logits.stride(1) == 1 and grad.stride(1) == 1 and statistics.stride() == (tokens, 1)
+    rows_kernel[(tokens,)](
+        logits, target, weight, statistics, grad, logits.stride(0), grad.stride(0), tokens, columns,
+        cap or 1.0, 1.0 / (cap or 1.0), options.uniform, 1.0 - options.label_smoothing, options.z_loss,
+        READ=read, WRITE=out is not None, SOFTCAP=cap is not None, SMOOTHING=options.label_smoothing > 0,
+        Z_LOSS=options.z_loss > 0, LANES=block.lanes, VECTOR=block.vector, num_warps=block.num_warps,
+    )  # fmt: skip
+
+
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def scale_kernel(x, factor, stride_row, columns, BLOCK: tl.constexpr):
+    """``x *= factor``, read on the device: nothing is done, and nobody waits, where it is 1."""
+    f = tl.load(factor)
+    if f != 1.0:
+        tiles = tl.cdiv(columns, BLOCK)
+        pid = tl.program_id(0)
+        offsets = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+        pointers = x + (pid // tiles).to(tl.int64) * stride_row + offsets
+        # x: [BLOCK]
+        values = tl.load(pointers, mask=offsets < columns, other=0.0).to(tl.float32)
+        tl.store(pointers, (values * f).to(x.dtype.element_ty), mask=offsets < columns)
+
+
+def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+    tokens, columns = x.shape
+    scale_kernel[(tokens * cdiv(columns, SCALE_BLOCK),)](x, factor, x.stride(0), columns, BLOCK=SCALE_BLOCK)

@@ -1,0 +1,82 @@
+"""A float32 sum of which the high half is a bfloat16 tensor and the low half a tensor of its own.
+
+bfloat16 is the upper half of float32. So a gradient that will be bfloat16 can be summed in its own memory, with the
+bits that it lacks beside it: no float32 copy of a weight's gradient exists when the sum is rounded. ``LOW_BITS`` is 16
+(all of float32) or 8 (significands of 16 bits, rounded to nearest at each addition).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...kernels.triton.common import cdiv
+
+BLOCK = 4096
+
+
+@triton.jit
+def _join(high, low, LOW_BITS: tl.constexpr):
+    bits = (high.to(tl.int32) << 16) | ((low.to(tl.int32) & ((1 << LOW_BITS) - 1)) << (16 - LOW_BITS))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, DROPPED: tl.constexpr):
+    """The bits of float32 ``x``, to nearest even at the bit ``DROPPED``; NaN stays NaN, with no low bits."""
+    bits = x.to(tl.int32, bitcast=True)
+    if DROPPED > 0:
+        rounded = bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
+        bits = tl.where(x == x, rounded, 0x7FC00000)
+    return bits
+
+
+@triton.jit
+def add_split_kernel(high, low, addend, count, FIRST: tl.constexpr, LOW_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """``(high, low) += addend``, or ``= addend`` if FIRST."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < count
+    # addend: [BLOCK] float32
+    total = tl.load(addend + index, mask=exists, other=0.0)
+    if not FIRST:
+        # high: [BLOCK] int16; low: [BLOCK] int16 or uint8
+        old_high = tl.load(high + index, mask=exists, other=0)
+        old_low = tl.load(low + index, mask=exists, other=0)
+        total += _join(old_high, old_low, LOW_BITS)
+    bits = _rounded(total, 16 - LOW_BITS)
+    tl.store(high + index, (bits >> 16).to(tl.int16), mask=exists)
+    tl.store(low + index, (bits >> (16 - LOW_BITS)).to(low.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def finish_split_kernel(high, low, factor, count, LOW_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """``high = bfloat16((high, low) * factor)``, rounded once."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < count
+    # high: [BLOCK] int16; low: [BLOCK] int16 or uint8
+    old_high = tl.load(high + index, mask=exists, other=0)
+    old_low = tl.load(low + index, mask=exists, other=0)
+    value = _join(old_high, old_low, LOW_BITS) * tl.load(factor)
+    tl.store(high + index, (_rounded(value, 16) >> 16).to(tl.int16), mask=exists)
+
+
+def _bits(high: torch.Tensor, low: torch.Tensor) -> int:
+    assert high.dtype == torch.int16 and low.dtype in (torch.int16, torch.uint8)
+    assert high.is_contiguous() and low.is_contiguous() and high.shape == low.shape
+    return 8 * low.element_size()
+
+
+def launch_add(high: torch.Tensor, low: torch.Tensor, addend: torch.Tensor, first: bool) -> None:
+    """``high``: int16, ``low``: int16 or uint8, ``addend``: float32; contiguous, of one shape."""
+    assert addend.is_contiguous() and addend.shape == high.shape
+    count = high.numel()
+    grid = (cdiv(count, BLOCK),)
+    add_split_kernel[grid](high, low, addend, count, FIRST=first, LOW_BITS=_bits(high, low), BLOCK=BLOCK, num_warps=8)
+
+
+def launch_finish(high: torch.Tensor, low: torch.Tensor, factor: torch.Tensor) -> None:
+    """``factor``: one float32 number on the device."""
+    count = high.numel()
+    grid = (cdiv(count, BLOCK),)
+    finish_split_kernel[grid](high, low, factor, count, LOW_BITS=_bits(high, low), BLOCK=BLOCK, num_warps=8)
