@@ -36,7 +36,8 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicat
 def _describe(q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None) -> dict[str, object]:
     """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
     own = {"q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype, "device": q.device.type}
-    return own | vars(call) | {"chosen backend": kernel and kernel.name}
+    chosen = kernel and f"{kernel.name} ({type(kernel).__name__})"  # a backend may have several kernels
+    return own | vars(call) | {"chosen backend": chosen}
 
 
 @torch.library.custom_op("seqpar_attn::attention", mutates_args=())

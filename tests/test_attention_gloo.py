@@ -224,4 +224,4 @@ def test_handshake_fields_cover_the_call():
     described = _describe(x, x, call, kernels.get("reference"))
     assert {f.name for f in dataclasses.fields(Call)} <= described.keys()
     # Accumulators travel in a kernel's own form, so ranks for which "auto" chose different ones must not go on.
-    assert described["chosen backend"] == "reference" != _describe(x, x, call, None)["chosen backend"]
+    assert described["chosen backend"] == "reference (ReferenceKernel)" != _describe(x, x, call, None)["chosen backend"]
