@@ -96,8 +96,8 @@ def test_render_a_machine_with_gpus() -> None:
         "transports": {"loopback": None},
     }
     text = info.render(report).splitlines()
-    assert "  cuda:0  bfloat16    hopper" in text
-    assert "  cuda:0  float32     portable  too wide" in text
+    assert "  cuda:0  bfloat16  hopper" in text
+    assert "  cuda:0  float32   portable  too wide" in text
     assert "  triton  not installed" in text
     assert "  nvcc             none" in text
     assert "  library          /lib/libseqpar_attn.so (ABI 7, for 80, 90a)" in text

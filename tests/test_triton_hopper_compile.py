@@ -175,3 +175,45 @@ def test_variables_that_a_loop_hands_on(tmp_path: Path) -> None:
     added = re.findall(r"async_tma_reduce add, %dq\w*\[([^]]*)\]", backward().asm["ttgir"])
     assert len(added) >= 3
     assert not [at for at in added if re.search(r"%c\d{7,}_i32", at)], added
+
+
+@pytest.mark.parametrize("carry,keep,out", [(False, False, True), (False, True, False), (True, True, True)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_arguments_of_launches(monkeypatch, carry, keep, out, parts) -> None:
+    """What a launch passes on is what its kernel takes: arrays, numbers, what changes per call, constants."""
+    import torch
+
+    from seqpar_attn.kernels.base import FULL as NO_MASK
+    from seqpar_attn.kernels.triton.hopper import finish, launch
+
+    launched = []
+
+    def record(kernel, options, arrays, variables, make_plan) -> None:
+        plan = make_plan()
+        assert tuple(plan.constants) == tuple(kernel.arg_names[-len(plan.constants) :])
+        assert len(arrays) + len(plan.numbers) + len(variables) + len(plan.constants) == len(kernel.arg_names)
+        assert all(arrays[n] is not None for n in plan.boxes)
+        launched.append((kernel.__name__, plan))
+
+    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(finish, "launch", record)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    q = torch.empty(2, 300, 4, 72, dtype=torch.bfloat16)
+    k = torch.empty(2, 200, 2, 72, dtype=torch.bfloat16)
+    if parts > 1:
+        k = torch.empty(parts, *k.shape, dtype=k.dtype)
+    acc, rows = torch.empty(q.shape), torch.empty(2, 4, 300)
+    chosen = config.FORWARD[128]
+    launch.launch_forward(
+        chosen, q, k, k, rows, acc if carry or keep else None, q if out else None, NO_MASK, 0.1, None, carry, keep
+    )  # fmt: skip
+    dk = torch.empty(k.shape) if carry else k
+    launch.launch_backward(
+        config.BACKWARD[128], q, k, k, q, rows, rows, acc, dk, dk, NO_MASK, 0.1, None, not out, carry
+    )  # fmt: skip
+    finish.launch_finish(acc, q, 0.1)
+    plans = dict(launched)
+    assert list(plans) == ["forward_kernel", *(["zero_kernel"] if out else []), "backward_kernel", "finish_kernel"]
+    assert plans["forward_kernel"].programs == 3 * 8  # tiles of 128 rows: fewer than multiprocessors
+    assert plans["backward_kernel"].programs == 2 * parts * 4  # tiles of 128 keys
+    assert (4 in plans["forward_kernel"].boxes) == (carry or keep) and (5 in plans["forward_kernel"].boxes) == out
