@@ -386,7 +386,7 @@ def _consumer(
         dq_c = dq_s.index(c)
         v_c = v_s.index(c)
         if ROUND:
-            dq_memory = reinterpret(dq_c, q_s.dtype, [1, 1, 1, 64, DIM], v_s.layout)
+            dq_memory = reinterpret(dq_c, q_s.dtype, [128 // DIM, 1, 1, 1, 64, DIM], v_s.layout).index(0)
             _write(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
             _write(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
         else:

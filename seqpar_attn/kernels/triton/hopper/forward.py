@@ -344,7 +344,9 @@ def _consumer(
                 tma_wait(0)
             if KEEP or CARRY:
                 warpgroup_barrier()
-            rounded = reinterpret(stage, q_s.dtype, [1, 1, 64, DIM], q_s.layout)
+            rounded = stage
+            if CARRY or KEEP:  # half of the memory of fp32
+                rounded = reinterpret(stage, q_s.dtype, [2, 1, 1, 64, DIM], q_s.layout).index(0)
             rounded.reshape([64, DIM]).store(acc.to(q_s.dtype))
             fence_async_shared()
             warpgroup_barrier()
