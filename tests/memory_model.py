@@ -15,16 +15,17 @@ DIM, HEADS, KV_HEADS, HEADDIM, LAYERS, VOCABULARY = 32, 4, 2, 8, 4, 50
 
 
 class Attention(nn.Module):
-    def __init__(self, group: Any, backend: str, own: bool = True):
+    def __init__(self, group: Any, backend: str, own: bool = True, deterministic: bool = False):
         super().__init__()
-        self.group, self.backend, self.own = group, backend, own
+        self.group, self.backend, self.own, self.deterministic = group, backend, own, deterministic
         self.qkv = nn.Linear(DIM, (HEADS + 2 * KV_HEADS) * HEADDIM, bias=False)
         self.proj = nn.Linear(HEADS * HEADDIM, DIM, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(hidden).unflatten(-1, (-1, HEADDIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
         if self.own:
-            out = seqpar_attn.ring_attention(q, k, v, group=self.group, backend=self.backend)
+            options = {"group": self.group, "backend": self.backend, "deterministic": self.deterministic}
+            out = seqpar_attn.ring_attention(q, k, v, **options)
         else:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -46,10 +47,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, group: Any, backend: str, own: bool = True):
+    def __init__(self, group: Any, backend: str, own: bool, deterministic: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
-        self.self_attn, self.mlp = Attention(group, backend, own), MLP()
+        self.self_attn, self.mlp = Attention(group, backend, own, deterministic), MLP()
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, hidden: torch.Tensor, scale: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
@@ -60,10 +61,10 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, group: Any = None, backend: str = "reference", own: bool = True):
+    def __init__(self, group: Any = None, backend: str = "reference", own: bool = True, deterministic: bool = False):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, DIM)
-        self.layers = nn.ModuleList(Layer(group, backend, own) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(group, backend, own, deterministic) for _ in range(LAYERS))
         self.head = nn.Linear(DIM, VOCABULARY, bias=False)
         self.config = SimpleNamespace(use_cache=True)
 

@@ -76,7 +76,7 @@ LONG = [
     # Backward tiles cut along queries: of a wave that is not the only one, and of one that is, with parts and groups.
     Case("cut-backward", 3000, 1500, nheads=12, nheads_kv=12),
     Case("cut-backward-grouped", 1500, 1400, nheads=8, nheads_kv=4, batch=2, strided=True),
-    Case("cut-backward-parts", 2100, 1300, nheads=14, nheads_kv=7, parts=2, softcap=2.0),
+    Case("cut-backward-parts", 2100, 1300, nheads=14, nheads_kv=7, parts=2),
     # Backward in more than one wave, of which every other one walks the other way, and in groups of heads.
     Case("waves", 2500, 2500, "causal", nheads=16, nheads_kv=8),
     Case("waves-documents", 2500, 2500, "documents", nheads=8, nheads_kv=8),
@@ -114,8 +114,9 @@ def test_cut_backward() -> None:
         struct = Backward(problem=problem, deterministic=deterministic)
         return load().seqpar_attn_backward_counters(ctypes.byref(struct))
 
-    assert ints(sms + 4) > 5 * 2 * 128 * 128 and ints(sms + 4, headdim=64) > 5 * 2 * 64 * 128
-    assert ints(sms) == ints(sms - 4) == ints(sms + 4, mask=1) == ints(sms + 4, headdim=256) == 0
+    assert ints(sms + 4) > 5 * 2 * 128 * 128
+    assert ints(sms) == ints(sms - 4) == ints(sms + 4, mask=1) == 0
+    assert ints(sms + 4, headdim=64) == ints(sms + 4, headdim=256) == 0
     assert ints(sms + 4, deterministic=True) == 4096 // 64 * 8
 
 

@@ -17,7 +17,7 @@ NUMBER = TOKENS * 32 * 2
 
 def build():
     torch.manual_seed(0)
-    return Decoder(seqpar_attn.LoopbackGroup(2), backend="triton").cuda().bfloat16()
+    return Decoder(seqpar_attn.LoopbackGroup(2), backend="triton", deterministic=True).cuda().bfloat16()
 
 
 @pytest.fixture
@@ -28,13 +28,14 @@ def ids():
 @pytest.mark.parametrize("tile_mlp", [None, 5000])
 @pytest.mark.parametrize("policy", [("save", "keep"), ("save", "offload"), ("offload", "keep"), ("offload", "offload")])
 def test_the_same_bits(ids, policy, tile_mlp):
-    """The Triton kernels' sums have a fixed order, so nothing may differ; with tiles, weights' sums do."""
+    """The sums have a fixed order, so nothing may differ, but for the embedding's, which torch adds by atomics; with
+    tiles, those of the MLPs' weights have another one."""
     model = build()
     expected = gradients(model, ids)
     applied = memory.apply(model, attention=policy[0], activations=policy[1], tile_mlp=tile_mlp)
     for _ in range(3):
         for name, x in gradients(model, ids).items():
-            if tile_mlp is None:
+            if tile_mlp is None and name != "embed.weight":
                 assert torch.equal(x, expected[name]), name
             else:
                 torch.testing.assert_close(x, expected[name], rtol=3e-2, atol=3e-2 * expected[name].abs().max().item())
@@ -45,8 +46,11 @@ def test_the_same_bits(ids, policy, tile_mlp):
 def held(policy):
     """Bytes that a forward leaves on the device, without what the head keeps."""
     model = build()
-    memory.apply(model, **policy)
     ids = torch.randint(50, (1, TOKENS), device="cuda")
+    gradients(model, ids)  # takes cuBLAS' workspace, and compiles
+    model.zero_grad()
+    memory.apply(model, **policy)
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     hidden = model.embed(ids)

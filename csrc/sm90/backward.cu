@@ -10,12 +10,17 @@
 namespace seqpar::sm90 {
 namespace {
 
+BackwardCut cut_of(const SeqparBackward& a) { return backward_cut(a, 64, 128, std::max(1, multiprocessors(0))); }
+
 template <int D, class T> int32_t by_mask(const SeqparBackward& a, cudaStream_t stream) {
   const bool interval = a.problem.mask == SEQPAR_INTERVAL, softcap = a.problem.softcap != 0.f;
-  if (interval && softcap) return backward_instance<D, T, true, true>(a, stream);
-  if (interval) return backward_instance<D, T, true, false>(a, stream);
-  if (softcap) return backward_instance<D, T, false, true>(a, stream);
-  return backward_instance<D, T, false, false>(a, stream);
+  if (interval && softcap) return backward_instance<D, T, true, true, false>(a, stream);
+  if (interval) return backward_instance<D, T, true, false, false>(a, stream);
+  if (softcap) return backward_instance<D, T, false, true, false>(a, stream);
+  if constexpr (D == 128) {
+    if (cut_of(a).rest) return backward_instance<D, T, false, false, true>(a, stream);
+  }
+  return backward_instance<D, T, false, false, false>(a, stream);
 }
 
 template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stream) {
@@ -30,9 +35,7 @@ template <class T> int32_t by_headdim(const SeqparBackward& a, cudaStream_t stre
 int64_t backward_counters(const SeqparBackward& a) {
   const SeqparProblem& x = a.problem;
   const int queries = x.headdim <= 64 ? 128 : 64;  // of a tile, see backward_instance.cuh
-  if (!a.deterministic) {
-    return cut_ints(backward_cut(a, queries, 128, std::max(1, multiprocessors(0))), x.headdim <= 64 ? 64 : 128);
-  }
+  if (!a.deterministic) return cut_ints(cut_of(a), 128);
   return static_cast<int64_t>(x.batch) * x.nheads * ((x.seqlen_q + queries - 1) / queries) * 8;
 }
 

@@ -22,8 +22,11 @@ inline BackwardCut backward_cut(const SeqparBackward& a, int queries, int keys, 
   const int64_t tiles = static_cast<int64_t>((x.seqlen_k + keys - 1) / keys) * x.parts * x.nheads_kv * x.batch;
   const int rest = static_cast<int>(tiles % multiprocessors), free = multiprocessors - rest;
   BackwardCut best = {0, 0, query_tiles};
-  // In a fixed order key tiles come to a query tile one after the other.
-  if (x.mask != SEQPAR_FULL || a.deterministic || x.headdim > 128 || x.variant == 3) return best;
+  // In a fixed order key tiles come to a query tile one after the other. For the rest there is no such kernel: with D =
+  // 64 the code for pieces costs the loop as much as cut tiles save, and under a causal mask, whose waves do not leave
+  // much, CTAs lost each other by it (see BackwardTile).
+  const bool served = x.mask == SEQPAR_FULL && x.headdim > 64 && x.headdim <= 128 && x.softcap == 0.f;
+  if (!served || a.deterministic || x.variant == 3) return best;
   if (!rest || rest > kMostCutTiles) return best;
   // In units of one step, some 2.3 us: what a piece takes before and after its steps, and what it takes to add another
   // piece's sums.

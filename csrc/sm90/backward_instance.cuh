@@ -4,13 +4,13 @@
 
 namespace seqpar::sm90 {
 
-template <int D, class T, bool INTERVAL, bool SOFTCAP>
+template <int D, class T, bool INTERVAL, bool SOFTCAP, bool CUT>
 int32_t backward_instance(const SeqparBackward& arguments, cudaStream_t stream) {
   if constexpr (D == 256) {
     return launch_backward<WideConfig<T, INTERVAL, SOFTCAP>>(arguments, stream);
   } else {
     constexpr int kQueries = D == 64 ? 128 : 64;
-    return launch_backward<BackwardConfig<D, T, kQueries, INTERVAL, SOFTCAP>>(arguments, stream);
+    return launch_backward<BackwardConfig<D, T, kQueries, INTERVAL, SOFTCAP, CUT>>(arguments, stream);
   }
 }
 

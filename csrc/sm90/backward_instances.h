@@ -7,7 +7,8 @@
 
 namespace seqpar::sm90 {
 
-template <int D, class T, bool INTERVAL, bool SOFTCAP>
+// CUT: whether the last wave's key tiles are cut, see BackwardCut.
+template <int D, class T, bool INTERVAL, bool SOFTCAP, bool CUT>
 int32_t backward_instance(const SeqparBackward& arguments, cudaStream_t stream);
 
 }  // namespace seqpar::sm90

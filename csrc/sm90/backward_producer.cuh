@@ -5,16 +5,14 @@
 namespace seqpar::sm90 {
 
 // D: head dimension, 64 or 128; QUERIES: rows per tile; T, INTERVAL, SOFTCAP: see ForwardConfig.
-template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_> struct BackwardConfig {
+template <int D_, class T_, int QUERIES_, bool INTERVAL_, bool SOFTCAP_, bool CUT_> struct BackwardConfig {
   using T = T_;
   static constexpr int D = D_, QUERIES = QUERIES_, KEYS = 128;
   // Tiles in flight. dQ is multiplied one tile late, so that the warpgroups need not wait for each other's dS. The
   // queries of a tile are needed from its scores to its dK, longer than its dout.
   static constexpr int Q_STAGES = 3, DOUT_STAGES = 2, DS_SLOTS = 2;
   static constexpr bool INTERVAL = INTERVAL_, SOFTCAP = SOFTCAP_;
-  // Whether there may be pieces of tiles, see BackwardCut. With D = 64 the code for them costs 2% whenever it is not
-  // used.
-  static constexpr bool CUT = D == 128 && !INTERVAL;
+  static constexpr bool CUT = CUT_;         // whether there are pieces of tiles, see BackwardCut
   static constexpr bool STAGGERED = false;  // measured: no difference
   static constexpr int BLOCKS = D / 64;     // column blocks of 128 bytes
   static constexpr int KEY_BYTES = KEYS * D * 2, QUERY_BYTES = QUERIES * D * 2, SCORE_BYTES = QUERIES * KEYS * 2;

@@ -30,11 +30,13 @@ def instances() -> dict[str, str]:
         files["_".join(filter(None, parts)) + ".cu"] = TEMPLATE.format(
             kind="forward", arguments=arguments, struct="SeqparForward"
         )
-    for headdim, (dtype, name), interval, softcap in itertools.product(
-        BACKWARD, DTYPES.items(), (False, True), (False, True)
+    for headdim, (dtype, name), interval, softcap, cut in itertools.product(
+        BACKWARD, DTYPES.items(), (False, True), (False, True), (False, True)
     ):
-        parts = ["backward", str(headdim), dtype, "interval" * interval, "softcap" * softcap]
-        arguments = f"{headdim}, {name}, {str(interval).lower()}, {str(softcap).lower()}"
+        if cut and (headdim != 128 or interval or softcap):
+            continue  # pieces of key tiles: only where they help
+        parts = ["backward", str(headdim), dtype, "interval" * interval, "softcap" * softcap, "cut" * cut]
+        arguments = f"{headdim}, {name}, " + ", ".join(str(x).lower() for x in (interval, softcap, cut))
         files["_".join(filter(None, parts)) + ".cu"] = TEMPLATE.format(
             kind="backward", arguments=arguments, struct="SeqparBackward"
         )

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-_ALIGNED = 4096
-"""Bytes: cudaHostRegister pins whole pages."""
+_PAGE = 4096
+"""Bytes: cudaHostRegister pins whole pages, and none twice."""
 
 
 def _number(path: str) -> int | None:
@@ -47,15 +47,16 @@ class _Buffer:
 
     def __init__(self, nbytes: int, pinned: bool):
         self.nbytes, self.pinned = nbytes, pinned
-        self.memory = torch.empty(nbytes + _ALIGNED, dtype=torch.uint8)
-        start = -self.memory.data_ptr() % _ALIGNED
+        pages = -(-nbytes // _PAGE) * _PAGE  # whole ones, which no other buffer has a part of
+        self.memory = torch.empty(pages + _PAGE, dtype=torch.uint8)
+        start = -self.memory.data_ptr() % _PAGE
         self.bytes = self.memory[start : start + nbytes]
         self.last_use: torch.cuda.Event | None = None
         if pinned:
-            code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)
-            if int(code):
+            code = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), pages, 0))
+            if code:
                 self.pinned = False
-                raise RuntimeError(f"cudaHostRegister could not pin {nbytes / 2**30:.2f} GiB (error {int(code)})")
+                raise RuntimeError(f"cudaHostRegister could not pin {nbytes / 2**30:.2f} GiB (error {code})")
 
     def release(self) -> None:
         if self.pinned:

@@ -2,5 +2,5 @@
 #include "../backward_instance.cuh"
 
 namespace seqpar::sm90 {
-template int32_t backward_instance<128, Bf16, true, true>(const SeqparBackward&, cudaStream_t);
+template int32_t backward_instance<128, Bf16, true, true, false>(const SeqparBackward&, cudaStream_t);
 }

@@ -2,5 +2,5 @@
 #include "../backward_instance.cuh"
 
 namespace seqpar::sm90 {
-template int32_t backward_instance<256, Bf16, false, true>(const SeqparBackward&, cudaStream_t);
+template int32_t backward_instance<256, Bf16, false, true, false>(const SeqparBackward&, cudaStream_t);
 }

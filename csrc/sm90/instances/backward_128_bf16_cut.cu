@@ -1,0 +1,6 @@
+// Written by generate_instances.py; do not edit.
+#include "../backward_instance.cuh"
+
+namespace seqpar::sm90 {
+template int32_t backward_instance<128, Bf16, false, false, true>(const SeqparBackward&, cudaStream_t);
+}
