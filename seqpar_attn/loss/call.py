@@ -80,7 +80,7 @@ class Slice:
         if self.group is None:
             return statistics
         parts = statistics.new_empty(len(self.columns), *statistics.shape)
-        dist.all_gather_into_tensor(parts, statistics.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), statistics.contiguous(), group=self.group)
         return reference.merge(parts, list(self.columns))
 
     def sum_(self, x: Tensor) -> Tensor:
