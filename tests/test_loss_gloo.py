@@ -215,7 +215,7 @@ ODD = {
     "shape": ({"labels": torch.zeros(3, dtype=torch.long)}, False, ("rank 1", "labels of the shape of hidden")),
     "smoothing": ({"label_smoothing": 2.0}, False, ("rank 1", "label_smoothing")),
     "grad_reduction": ({"grad_reduction": "mean"}, False, ("rank 1", "grad_reduction")),
-    "tp width": ({"width": 5}, True, ("rank 1", "shape")),
+    "tp width": ({"width": 5}, True, ("rank 1", "hidden size")),
     "tp slice": ({"words": 8}, True, ("rank 1", "vocabulary slice")),
     "tp vocab_size": ({"vocab_size": 26}, True, ("rank 1",)),
     "tp softcap": ({"softcap": 5.0}, True, ("rank 1", "softcap")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -66,14 +67,14 @@ def test_slices_of_rows() -> None:
     logits = torch.randn(64, 9001, device="cuda", dtype=torch.bfloat16) * 4
     labels, weight = torch.randint(9001, (64,), device="cuda"), torch.ones(64, device="cuda")
     bounds = [0, 4096, 4097, 9001]
-    pieces = [logits[:, a:b] for a, b in zip(bounds, bounds[1:])]
-    targets = [torch.where((labels >= a) & (labels < b), labels - a, -1).int() for a, b in zip(bounds, bounds[1:])]
+    pieces = [logits[:, a:b] for a, b in itertools.pairwise(bounds)]
+    targets = [torch.where((labels >= a) & (labels < b), labels - a, -1).int() for a, b in itertools.pairwise(bounds)]
     for rows in (TritonRows(), ReferenceRows()):
         parts = torch.stack([rows.statistics(x, t, weight, options) for x, t in zip(pieces, targets)])
         merged = merge(parts, [x.shape[1] for x in pieces])
         whole = ReferenceRows().statistics(logits.double(), labels.int(), weight.double(), options)
         assert ((merged - whole).abs() / whole.abs().clamp(min=1)).max() < 1e-4
-        for x, t, (a, b) in zip(pieces, targets, zip(bounds, bounds[1:])):
+        for x, t, (a, b) in zip(pieces, targets, itertools.pairwise(bounds)):
             out, truth = torch.full_like(x, 7.0), torch.empty(64, b - a, device="cuda", dtype=torch.float64)
             rows.gradient(x, t, weight, merged, options, out)
             ReferenceRows().gradient(x.double(), t, weight.double(), whole, options, truth)
