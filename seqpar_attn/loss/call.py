@@ -158,7 +158,7 @@ def prepare(
         error = complaint
     common: dict[str, object] = {"loss": kind, "reduction": reduction, "grad_reduction": grad_reduction}
     if tp is not None:
-        tp_fields = {"tokens": tuple(labels.shape), "dtype": x.dtype, "vocab_size": vocab_size, **options, **fields}
+        tp_fields = {"tokens": tuple(labels.shape), "dtype": x.dtype, **fields, "vocab_size": vocab_size, **options}
         error = _agree(tp, common | tp_fields, error)
     if peers is not None:
         error = _agree(peers, common, error)
