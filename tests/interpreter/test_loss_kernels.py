@@ -133,3 +133,12 @@ def test_refusals() -> None:
     assert refuses(torch.device("cpu"), torch.float32) is None
     assert "rounds to bfloat16 wrongly" in refuses(torch.device("cpu"), torch.bfloat16)
     assert "got torch.float64" in refuses(torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_is_noticed_by_others(reduction: str) -> None:
+    """tanh has saved the logits; kernels write them behind autograd's back, so the loss has to tell it."""
+    leaf = torch.randn(6, 9, requires_grad=True)
+    loss = cross_entropy(leaf.tanh(), torch.arange(6), inplace=True, reduction=reduction, backend="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
