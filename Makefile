@@ -126,6 +126,7 @@ gpu-bench:
 	$$python benchmarks/attention.py --out benchmarks/results
 	$$python benchmarks/ring.py --out benchmarks/results
 	$$python benchmarks/grouped.py --out benchmarks/results
+	$$python benchmarks/loss.py --out benchmarks/results
 
 clean:
 	@rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

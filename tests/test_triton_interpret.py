@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.timeout(900)  # six minutes of processor time on a slow machine
-@pytest.mark.parametrize("which", ["pointers", "not pointers"])
+@pytest.mark.parametrize("which", ["pointers", "loss", "not pointers and not loss"])
 def test_interpreter(which: str) -> None:
     pytest.importorskip("triton")
     chosen = ["-k", which, str(TESTS / "interpreter")]

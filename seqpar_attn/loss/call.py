@@ -80,7 +80,7 @@ class Slice:
         if self.group is None:
             return statistics
         parts = statistics.new_empty(len(self.columns), *statistics.shape)
-        dist.all_gather_into_tensor(parts, statistics.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), statistics.contiguous(), group=self.group)
         return reference.merge(parts, list(self.columns))
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def prepare(
         error = complaint
     common: dict[str, object] = {"loss": kind, "reduction": reduction, "grad_reduction": grad_reduction}
     if tp is not None:
-        tp_fields = {"shape": tuple(x.shape), "dtype": x.dtype, "vocab_size": vocab_size, **options, **fields}
+        tp_fields = {"tokens": tuple(labels.shape), "dtype": x.dtype, **fields, "vocab_size": vocab_size, **options}
         error = _agree(tp, common | tp_fields, error)
     if peers is not None:
         error = _agree(peers, common, error)

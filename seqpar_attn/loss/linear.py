@@ -214,7 +214,12 @@ def linear_cross_entropy(
         backend=backend,
         check_labels=check_labels,
         # In backward hidden's gradient is a collective, and so is every chunk wherever gradients are computed at all.
-        fields={"logits_bytes": logits_bytes, "hidden requires grad": needs[0], "any requires grad": any(needs)},
+        fields={
+            "hidden size": hidden.shape[-1:],
+            "logits_bytes": logits_bytes,
+            "hidden requires grad": needs[0],
+            "any requires grad": any(needs),
+        },
     )
     with torch.autocast(hidden.device.type, enabled=False):
         flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])

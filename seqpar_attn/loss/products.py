@@ -12,8 +12,8 @@ SCRATCH_BYTES = 32 << 20
 """Float32 product of some rows of the weight's gradient, between the product and the addition: stays in the L2."""
 
 LOW_BITS = 8
-"""Bits kept beside bfloat16 between two chunks. 8: significands of 16 bits, whose rounding (2^-17 at each of a few
-additions) is far below the last one's (2^-9), for half of the memory that all of float32's 16 would take."""
+"""Bits kept beside bfloat16 between two chunks. 8: significands of 16 bits, whose rounding (2^-16 at each of a few
+additions) is far below the last one's (2^-8), for half of the memory that all of float32's 16 would take."""
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

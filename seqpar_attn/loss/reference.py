@@ -76,11 +76,11 @@ class ReferenceRows:
         z = _capped(logits, options)
         peak, total = statistics[PEAK], statistics[TOTAL]
         p = torch.exp(z - _finite(peak)[:, None]) / total[:, None]
-        if options.z_loss:
-            p = p * (1 + 2 * options.z_loss * (peak + torch.log(total)))[:, None]
         columns = torch.arange(z.shape[1], device=z.device)
         chosen = (columns == target[:, None]).to(z.dtype)
         dz = p - options.uniform - (1 - options.label_smoothing) * chosen
+        if options.z_loss:  # apart, as p may all but cancel with what was subtracted
+            dz = dz + p * (2 * options.z_loss * (peak + torch.log(total)))[:, None]
         if options.softcap is not None:
             dz = dz * (1 - (z / options.softcap) ** 2)
         out.copy_(torch.where(weight[:, None] == 0, 0.0, dz * weight[:, None]))

@@ -77,8 +77,8 @@ def _observe(
 
 @triton.jit
 def _differentiate(
-    logits, grad, start, columns, target, weight, base, inverse, uniform, hit, softcap, cap_inverse,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, grad, start, columns, target, weight, base, inverse, steep, uniform, hit, softcap, cap_inverse,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block; ``grad`` may be ``logits``."""
     offsets = _offsets(start, LANES, VECTOR)
@@ -88,7 +88,10 @@ def _differentiate(
     else:
         x = tl.load(logits + offsets, eviction_policy="evict_first")
     z = _capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
-    dz = tl.exp2((z - base) * LOG2E) * inverse - uniform - tl.where(offsets == target, hit, 0.0)
+    p = tl.exp2((z - base) * LOG2E) * inverse
+    dz = p - uniform - tl.where(offsets == target, hit, 0.0)
+    if Z_LOSS:  # apart, as p may all but cancel with what was subtracted
+        dz += p * steep
     if SOFTCAP:
         bent = z * cap_inverse
         dz *= 1.0 - bent * bent
@@ -167,14 +170,15 @@ def rows_kernel(
         if WRITE:
             grad += row * stride_grad
             inverse = 1.0 / total
+            steep = 0.0
             if Z_LOSS:
-                inverse *= 1.0 + 2.0 * z_loss * (peak + tl.log2(total) * LN2)
+                steep = 2.0 * z_loss * (peak + tl.log2(total) * LN2)
             if whole < columns:
-                _differentiate(logits, grad, whole, columns, label, row_weight, base, inverse, uniform, hit,
-                               softcap, cap_inverse, True, SOFTCAP, LANES, VECTOR)  # fmt: skip
+                _differentiate(logits, grad, whole, columns, label, row_weight, base, inverse, steep, uniform,
+                               hit, softcap, cap_inverse, True, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
             for back in tl.range(0, whole, BLOCK):
-                _differentiate(logits, grad, whole - BLOCK - back, columns, label, row_weight, base, inverse, uniform,
-                               hit, softcap, cap_inverse, False, SOFTCAP, LANES, VECTOR)  # fmt: skip
+                _differentiate(logits, grad, whole - BLOCK - back, columns, label, row_weight, base, inverse, steep,
+                               uniform, hit, softcap, cap_inverse, False, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
 
 
 def launch_rows(
