@@ -114,6 +114,33 @@ def flops(share: Share, direction: str, arguments: argparse.Namespace) -> float:
     return 4e-9 * factor * share.attended[direction] * arguments.nheads * arguments.headdim
 
 
+def copy_rate(megabytes: int = 256, copies: int = 8) -> dict[str, float]:
+    """GB/s of plain copies from a second GPU to this one, alone and with as many the other way: what "peer" can give."""
+    here, there = torch.cuda.current_device(), torch.cuda.current_device() + 1
+    blocks = [
+        torch.empty(megabytes << 20, dtype=torch.uint8, device=torch.device("cuda", x)) for x in (here, there) * 2
+    ]
+    back = torch.cuda.Stream(here), torch.cuda.Stream(there)
+    rates = {}
+    for name, both in (("alone", False), ("both ways", True)):
+        for counts in (False, True):  # the first time makes the connection
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(there)
+            torch.cuda.synchronize(here)
+            begin.record()
+            for _ in range(copies):
+                if both:
+                    with torch.cuda.stream(back[1]), torch.cuda.stream(back[0]):
+                        blocks[3].copy_(blocks[2], non_blocking=True)
+                blocks[0].copy_(blocks[1], non_blocking=True)
+            end.record()
+            end.synchronize()
+            torch.cuda.synchronize(there)
+            if counts:
+                rates[name] = copies * (megabytes << 20) / begin.elapsed_time(end) / 1e6
+    return rates
+
+
 def render(payload: dict) -> str:
     header = ["W", "tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms", "of ideal"]
     header += ["makespan ms, free links*", "/ zigzag's", f"at {payload['link']:g} GB/s*", "/ zigzag's"]
@@ -137,6 +164,9 @@ def render(payload: dict) -> str:
         + ". "
         "* simulated from the measured step times."
     )
+    if "copy_rate" in payload:
+        rates = ", ".join(f"{rate:.0f} {name}" for name, rate in payload["copy_rate"].items())
+        note += f" Plain copies between the GPUs, GB/s: {rates}."
     return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
 
 
@@ -159,6 +189,8 @@ def main() -> None:
     torch.manual_seed(0)
     payload: dict = {"machine": machine(arguments.commit), "link": arguments.link, "rows": []}
     payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim", "transfers")}
+    if arguments.transfers == "peer":
+        payload["copy_rate"] = copy_rate()
     for world_size, tokens in [(8, tokens) for tokens in arguments.tokens] + [(w, 8192) for w in arguments.world_sizes]:
         payload["rows"] += measure(world_size, tokens, arguments)
         gc.collect()
