@@ -115,7 +115,7 @@ def flops(share: Share, direction: str, arguments: argparse.Namespace) -> float:
 
 
 def copy_rate(megabytes: int = 256, copies: int = 8) -> dict[str, float]:
-    """GB/s of plain copies from a second GPU to this one, alone and with as many the other way: what "peer" can give."""
+    """GB/s of plain copies from a second GPU to this one, alone and with as many the other way: what "peer" has."""
     here, there = torch.cuda.current_device(), torch.cuda.current_device() + 1
     blocks = [
         torch.empty(megabytes << 20, dtype=torch.uint8, device=torch.device("cuda", x)) for x in (here, there) * 2

@@ -172,7 +172,15 @@ def sharded(rank, world_size, order, policy):
 
 
 @pytest.mark.parametrize("order", ["fsdp first", "memory first"])
-@pytest.mark.parametrize("policy", [{"attention": "offload", "activations": "offload", "tile_mlp": 5}, {}], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"attention": "offload", "activations": "offload", "tile_mlp": 5},
+        {"activations": "offload", "compile": {"backend": "aot_eager"}},
+        {},
+    ],
+    ids=["offload", "compiled", "save"],
+)
 def test_fsdp(order, policy):
     with RankPool(2, timeout=120) as pool:
         assert max(pool.run(sharded, order, policy)) < 1e-12
