@@ -19,6 +19,7 @@ from common import describe, machine, markdown, write  # first: finds the checko
 # isort: split
 import torch
 import torch.distributed as dist
+from one_rank import HEAD_START_CYCLES
 
 import seqpar_attn
 from seqpar_attn.testing.distributed import RankPool
@@ -28,7 +29,6 @@ METHODS = {
     "zigzag, neighbours": (seqpar_attn.ring_attention, {"transfer": "ring"}),
     "dist_flash": (seqpar_attn.dist_flash_attention, {}),
 }
-HEAD_START_CYCLES = 10_000_000  # about 5 ms, in which Python gets ahead of the device
 
 
 def _timed(function: Any, *arguments: Any) -> tuple[float, Any]:

@@ -86,7 +86,7 @@ typedef struct {
   SeqparStrides q_strides, k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   SeqparRowStrides lse_strides, delta_strides;
   // Ints that no other launch in flight uses, as many as seqpar_attn_backward_counters says: zeroed before the first
-  // launch, and left for the next launch of any backward that is deterministic alike.
+  // launch, and left for the next launch of any backward that is deterministic alike. Null if that is 0.
   int32_t* counter;
 } SeqparBackward;
 

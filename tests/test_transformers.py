@@ -112,6 +112,8 @@ def wrong_calls(rank, world_size):
     found = {
         name: complaint(lambda f=fault: model(**(good | (f if rank == 1 else {})))) for name, fault in faults.items()
     }
+    bare = {"input_ids": good["input_ids"]}  # the decoder without its head, as a linear cross-entropy wants it
+    found["no positions, no head"] = complaint(lambda: model.model(**(bare if rank == 1 else good)))
     model(**good)  # and after all that it works
     return found
 
@@ -120,6 +122,7 @@ def test_a_fault_of_one_rank_is_an_error_on_all():
     messages = {
         "padding": "expected no padding in attention_mask, got some",
         "no positions": "expected position_ids of this rank's shard",
+        "no positions, no head": "expected position_ids of this rank's shard",
         "unsharded positions": "expected position_ids of rank 1's shard in the zigzag layout, [12, 13, ..., 35]",
         "labels": "expected shift_labels besides labels",
         "cu_seq_lens_q": "expected cu_seqlens, the boundaries of the whole sequence's documents",

@@ -7,15 +7,11 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import Case, cases, check, check_keep, check_nan
+from kernel_cases import Case, cases, check, check_graph_capture, check_keep, check_nan
 
 from seqpar_attn import kernels
-from seqpar_attn.autograd import backward_pass, forward_pass
-from seqpar_attn.comm.loopback import Loopback
 from seqpar_attn.kernels.triton import TritonKernel, hopper
-from seqpar_attn.mask import Mask, MaskKind
-from seqpar_attn.plan import make_plan
-from seqpar_attn.validation import Call
+from seqpar_attn.mask import MaskKind
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -116,30 +112,4 @@ def test_slices_of_dq(kernel) -> None:
 
 
 def test_graph_capture(kernel) -> None:
-    """A captured pass over a schedule gives, replayed on other data, what a plain one gives."""
-    generator = torch.Generator("cuda").manual_seed(int(torch.randint(2**31, ())))
-    world_size, tokens = 4, 256
-    call = Call("ring", "pull", "zigzag", True, None, None, None, 0.1, "triton", False)
-    plan = make_plan("ring", "pull", "zigzag", world_size, Mask(world_size * tokens))
-    comm = Loopback(world_size)
-    inputs = [
-        torch.randn(1, world_size * tokens, heads, 128, generator=generator, device="cuda").bfloat16()
-        for heads in (4, 2, 2, 4)
-    ]
-
-    def both() -> list[torch.Tensor]:
-        q, k, v, dout = inputs
-        out, lse = forward_pass(q, k, v, plan, comm, kernel, call)
-        return [out, lse, *backward_pass(dout, None, q, k, v, out, lse, plan, comm, kernel, call)]
-
-    both()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both()
-    for x in inputs:
-        x.copy_(torch.randn(x.shape, generator=generator, device="cuda"))
-    for _ in range(2):
-        graph.replay()
-        for got, expected in zip(captured, both()):
-            torch.testing.assert_close(got.float(), expected.float(), rtol=2e-2, atol=2e-3)
+    check_graph_capture(kernel)

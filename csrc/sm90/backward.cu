@@ -42,7 +42,7 @@ int64_t backward_counters(const SeqparBackward& a) {
 int32_t backward(const SeqparBackward& a, cudaStream_t stream) {
   const SeqparProblem& x = a.problem;
   if (!valid(x)) return kBadArgument;
-  if ((a.round_dkv && a.carry_dkv) || !a.counter) return kBadArgument;
+  if ((a.round_dkv && a.carry_dkv) || (!a.counter && backward_counters(a) > 0)) return kBadArgument;
   if (x.mask == SEQPAR_INTERVAL && (!x.query_lo || !x.query_hi)) return kBadArgument;
   if (x.dtype == SEQPAR_BF16) return by_headdim<Bf16>(a, stream);
   if (x.dtype == SEQPAR_FP16) return by_headdim<Fp16>(a, stream);

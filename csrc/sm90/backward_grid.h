@@ -26,7 +26,7 @@ inline BackwardCut backward_cut(const SeqparBackward& a, int queries, int keys, 
   // 64 the code for pieces costs the loop as much as cut tiles save, and under a causal mask, whose waves do not leave
   // much, CTAs lost each other by it (see BackwardTile).
   const bool served = x.mask == SEQPAR_FULL && x.headdim > 64 && x.headdim <= 128 && x.softcap == 0.f;
-  if (!served || a.deterministic || x.variant == 3) return best;
+  if (!served || a.deterministic) return best;
   if (!rest || rest > kMostCutTiles) return best;
   // In units of one step, some 2.3 us: what a piece takes before and after its steps, and what it takes to add another
   // piece's sums.

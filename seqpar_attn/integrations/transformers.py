@@ -63,12 +63,13 @@ class Settings:
 class Enabled:
     """Sequence-parallel attention in a model, until ``disable``."""
 
-    def __init__(self, model: Any, settings: Settings, before: str, hook: Any):
-        self.model, self.settings, self._before, self._hook = model, settings, before, hook
+    def __init__(self, model: Any, settings: Settings, before: str, hooks: list[Any]):
+        self.model, self.settings, self._before, self._hooks = model, settings, before, hooks
 
     def disable(self) -> None:
         """The attention that the model had before."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module in self.model.modules():
             module.__dict__.pop(_KEY, None)
         self.model.set_attn_implementation(self._before)
@@ -124,8 +125,9 @@ def enable(
         )
     for module in model.modules():
         module.__dict__[_KEY] = settings
-    hook = model.register_forward_pre_hook(_Check(settings), with_kwargs=True)
-    return Enabled(model, settings, before, hook)
+    checks = [(model, _check_labels), (getattr(model, "base_model", model), _CheckTokens(settings))]
+    hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module, check in checks]
+    return Enabled(model, settings, before, hooks)
 
 
 def _register() -> None:
@@ -148,9 +150,22 @@ _PADDING = (
 )
 
 
-class _Check:
-    """What can be seen of a call before it runs. Values of tensors are looked at once per length and set of lengths of
-    documents: on a GPU that waits for them."""
+def _check_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Of a model with a head: labels must not be shifted inside the shard."""
+    labels = kwargs.get("labels")
+    settings: Settings = module.__dict__[_KEY]
+    if labels is not None and kwargs.get("shift_labels") is None and settings.place(labels.device)[1] > 1:
+        _refuse(
+            settings,
+            labels.device,
+            "expected shift_labels besides labels, both as shard_batch returns them, got labels only: the model would "
+            "shift them inside the shard and lose one at every border",
+        )
+
+
+class _CheckTokens:
+    """Of the decoder, with or without a head around it: what can be seen of a call before it runs. Positions are looked
+    at once per shape, an attention_mask whenever there is one: on a GPU that waits for them."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -173,11 +188,6 @@ class _Check:
                 "expected position_ids of this rank's shard (shard_batch returns them), got none: the model would "
                 "count from 0 on every rank"
             )
-        if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-            refuse(
-                "expected shift_labels besides labels, both as shard_batch returns them, got labels only: the model "
-                "would shift them inside the shard and lose one at every border"
-            )
         if kwargs.get("cu_seqlens") is not None:
             return  # positions may begin anew in every document
         key = tuple(positions.shape)
@@ -196,10 +206,8 @@ def _few(x: torch.Tensor) -> str:
     return str(x.tolist()) if len(x) <= 4 else f"[{int(x[0])}, {int(x[1])}, ..., {int(x[-1])}]"
 
 
-def mask(batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Any = None, **kwargs: Any) -> None:
-    """The registered mask function: no mask is made, and a padding mask is refused."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(_PADDING)
+def mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> None:
+    """The registered mask function: no mask is made. Padding has been refused before (``_CheckTokens``)."""
     if q_length != kv_length:
         raise ValueError(f"expected as many keys as queries, got {kv_length} and {q_length}: pass use_cache=False")
 

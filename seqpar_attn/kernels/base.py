@@ -219,6 +219,17 @@ def forward_without_keys(
             target.zero_()
 
 
+def backward_without_pairs(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, carry_dq: bool, carry_dkv: bool
+) -> None:
+    """What ``Kernel.backward`` does where the block has no queries or no keys."""
+    if not carry_dq:
+        dq.zero_()
+    if not carry_dkv:
+        dk.zero_()
+        dv.zero_()
+
+
 def accumulate_reference(target: torch.Tensor, parts: torch.Tensor) -> None:
     for part in parts if parts.ndim > target.ndim else (parts,):
         target.add_(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, PlainKernel, accumulator_dtype, forward_without_keys
+from ..base import BlockMask, PlainKernel, accumulator_dtype, backward_without_pairs, forward_without_keys
 from ..device import architecture, on_device_of
 from . import building, library
 from .launch import Plan, launch, make_plan, strides
@@ -138,11 +138,7 @@ class CudaKernel(PlainKernel):
         deterministic: bool,
     ) -> None:
         if q.numel() == 0 or k.numel() == 0:
-            if not carry_dq:
-                dq.zero_()
-            if not carry_dkv:
-                dk.zero_()
-                dv.zero_()
+            backward_without_pairs(dq, dk, dv, carry_dq, carry_dkv)
             return
 
         def plan() -> Plan:

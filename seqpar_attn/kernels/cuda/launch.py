@@ -60,7 +60,7 @@ def make_plan(name: str, struct: ctypes.Structure, fields: Sequence[str], counte
     if not counters:
         return Plan(name, function, words, slots, None)
     most = getattr(library, f"seqpar_attn_{name}_counters")(ctypes.byref(struct))
-    return Plan(name, function, words, slots, _word(type(struct), "counter"), most, counters)
+    return Plan(name, function, words, slots, _word(type(struct), "counter") if most else None, most, counters)
 
 
 def _word(struct: Any, field: str) -> int:
@@ -157,7 +157,7 @@ def _zeroed(device: int, stream: int, plan: Plan) -> int:
     count = plan.counters
     if torch.cuda.is_current_stream_capturing():
         # A graph may run at the same time as other work of this stream, so it gets its own, zeroed whenever it runs.
-        return torch.zeros(max(count, 1), dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
+        return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device)).data_ptr()
     known = _counters.get((device, stream, plan.shared_by))
     if known is None or known[1] < count:
         size = max(count, 1024)

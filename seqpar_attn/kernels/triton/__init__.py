@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...mask import MaskKind
-from ..base import BlockMask, Kernel, PlainKernel, accumulator_dtype, forward_without_keys
+from ..base import BlockMask, Kernel, PlainKernel, accumulator_dtype, backward_without_pairs, forward_without_keys
 from ..device import architecture, on_device_of
 from . import hopper
 from .config import Chooser, choose
@@ -144,11 +144,7 @@ class TritonKernel(PlainKernel):
     ) -> None:
         check_scale(softmax_scale)
         if q.numel() == 0 or k.numel() == 0:
-            if not carry_dq:
-                dq.zero_()
-            if not carry_dkv:
-                dk.zero_()
-                dv.zero_()
+            backward_without_pairs(dq, dk, dv, carry_dq, carry_dkv)
             return
         launchers = _launchers()
         where = (architecture(q.device), q.element_size(), q.shape[3], mask.kind)

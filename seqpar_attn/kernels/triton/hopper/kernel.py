@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ....mask import MaskKind
-from ...base import BlockMask, forward_without_keys
+from ...base import BlockMask, backward_without_pairs, forward_without_keys
 from ...device import on_device_of
 from .. import TritonKernel, check_scale
 from . import refuses
@@ -97,11 +97,7 @@ class HopperKernel(TritonKernel):
         if deterministic:
             raise ValueError(f"expected deterministic=False, got True ({self.nondeterministic})")
         if q.numel() == 0 or k.numel() == 0:
-            if not carry_dq:
-                dq.zero_()
-            if not carry_dkv:
-                dk.zero_()
-                dv.zero_()
+            backward_without_pairs(dq, dk, dv, carry_dq, carry_dkv)
             return
         config = self._backward or BACKWARD[padded(q.shape[3])]
         launchers = _launchers()
