@@ -46,6 +46,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):  # many test processes share one GPU
+        torch.cuda.empty_cache()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield

@@ -37,7 +37,7 @@ def test_error_rule(kind: str, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("vocab", [32000, 32001, 128256, 262144])
 def test_large_vocabularies(vocab: int, options: dict) -> None:
-    case = Case(tokens=300, vocab=vocab, hidden=512, **options)
+    case = Case(tokens=120, vocab=vocab, hidden=256, **options)
     check_call("logits", case, torch.bfloat16, "cuda", backend="triton", inplace=True)
     check_call("logits", case, torch.bfloat16, "cuda", backend="triton")
     check_call("linear", case, torch.bfloat16, "cuda", backend="triton", logits_bytes=64 * MIB)
@@ -46,9 +46,11 @@ def test_large_vocabularies(vocab: int, options: dict) -> None:
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 4095, 4096, 4097, 8191, 8192, 8193, 16384])
 def test_edges_of_blocks(vocab: int) -> None:
     case = Case(tokens=70, vocab=vocab, hidden=64, live=0.9, **EVERYTHING)
+    # One word leaves p - 1 = 0, so the gradient is z-loss' alone, 1e-3 of what cancels.
+    slack = 1e-5 if vocab > 1 else 1e-3
     for dtype in (torch.bfloat16, torch.float32):
-        check_call("logits", case, dtype, "cuda", backend="triton", inplace=True, slack=1e-5)
-        check_call("linear", case, dtype, "cuda", backend="triton", slack=1e-5)
+        check_call("logits", case, dtype, "cuda", backend="triton", inplace=True, slack=slack)
+        check_call("linear", case, dtype, "cuda", backend="triton", slack=slack)
 
 
 def test_the_reference_on_a_gpu() -> None:

@@ -7,6 +7,7 @@ alone: a tensor is let go of when that stream has been told to wait for its copy
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,30 +44,47 @@ def available_host_memory() -> int | None:
 
 
 class _Buffer:
-    """Page-locked host memory. Not from torch's pinned allocator, which rounds up to a power of two."""
+    """Page-locked host memory. Not from torch's pinned allocator, which rounds up to a power of two.
+
+    It is unpinned by ``release``, or when the buffer goes, before its memory does: memory that is freed while it is
+    pinned comes back from malloc as memory that CUDA will not pin again.
+    """
 
     def __init__(self, nbytes: int, pinned: bool):
-        self.nbytes, self.pinned = nbytes, pinned
+        self.nbytes = nbytes
         pages = -(-nbytes // _PAGE) * _PAGE  # whole ones, which no other buffer has a part of
-        self.memory = torch.empty(pages + _PAGE, dtype=torch.uint8)
-        start = -self.memory.data_ptr() % _PAGE
-        self.bytes = self.memory[start : start + nbytes]
-        self.last_use: torch.cuda.Event | None = None
+        memory = torch.empty(pages + _PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % _PAGE
+        self.bytes = memory[start : start + nbytes]
+        self._uses: list[torch.cuda.Event] = []
+        self._finish: weakref.finalize | None = None
         if pinned:
             code = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), pages, 0))
             if code:
-                self.pinned = False
                 raise RuntimeError(f"cudaHostRegister could not pin {nbytes / 2**30:.2f} GiB (error {code})")
+            self._finish = weakref.finalize(self, _unpin, self.bytes, self._uses)
+            self._finish.atexit = False  # the process' end unpins everything
 
     def release(self) -> None:
-        if self.pinned:
-            if self.last_use is not None:
-                self.last_use.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-            self.pinned = False
+        if self._finish is not None:
+            self._finish()
+
+    @property
+    def last_use(self) -> torch.cuda.Event | None:
+        return self._uses[0] if self._uses else None
+
+    @last_use.setter
+    def last_use(self, event: torch.cuda.Event) -> None:
+        self._uses[:] = [event]
 
     def view(self, like: torch.Tensor) -> torch.Tensor:
         return self.bytes.view(like.dtype).view(like.shape)
+
+
+def _unpin(memory: torch.Tensor, uses: list[torch.cuda.Event]) -> None:
+    for event in uses:
+        event.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 class Offloaded:
