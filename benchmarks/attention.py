@@ -103,7 +103,9 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
     device, scale, mask = arguments.device, shape.headdim**-0.5, shape.block_mask
     for name in arguments.backends:
         try:
-            kernel = kernels.resolve(name, device, torch.bfloat16, shape.headdim, frozenset({mask.kind}))
+            kinds = frozenset({mask.kind})
+            kernel = kernels.resolve(name, device, torch.bfloat16, shape.headdim, kinds)
+            ordered = kernels.resolve(name, device, torch.bfloat16, shape.headdim, kinds, deterministic=True)
         except ValueError as error:
             skipped[f"{name}, carry, {shape}"] = str(error)
             continue
@@ -123,11 +125,11 @@ def measure_carry(shape: Shape, arguments: argparse.Namespace, skipped: dict[str
 
             return Contender(call)
 
-        def backward(carry: bool, fixed: bool = False, *, kernel=kernel, s=(data, lses, deltas), grads=grads):
+        def backward(carry: bool, fixed: bool = False, *, two=(kernel, ordered), s=(data, lses, deltas), grads=grads):
             def call(i: int) -> None:
                 x, lse, delta = (t[i % SETS] for t in s)
                 flags = {"carry_dq": True, "carry_dkv": carry, "deterministic": fixed}
-                kernel.backward(
+                two[fixed].backward(
                     x.q, x.k, x.v, x.dout, lse, delta, *grads, mask, softmax_scale=scale, softcap=None, **flags
                 )
 

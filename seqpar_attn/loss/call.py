@@ -98,9 +98,8 @@ class Setup:
     rows: Any
     slice: Slice
     target: Tensor
-    """int32: the label as a column of this rank, -1 if it is another's or the token is ignored."""
     live: Tensor
-    """float32 (float64): 1, or 0 for ignored tokens, or NaN for labels out of range, so that they cannot hide."""
+    """See :class:`seqpar_attn.loss.reference.Labels`."""
     factor: Tensor
     """One number: what the sum of the losses is multiplied by."""
     verdict: Verdict
@@ -166,28 +165,25 @@ def prepare(
         raise error
     assert chosen is not None
     made = Options(vocab_size, **options)
-    flat = labels.reshape(-1).long()
-    valid = flat != made.ignore_index
-    bad = valid & ((flat < 0) | (flat >= vocab_size))
-    counts = torch.stack([valid.sum(), bad.sum()])
-    if peers is not None:
-        dist.all_reduce(counts, group=peers.group)
+    flat = labels.reshape(-1)
     wide = accumulator_dtype(x.dtype)
-    local = flat - piece.start
-    factor = torch.ones((), dtype=wide, device=x.device)
+    known = chosen.labels(flat, made, piece.start, vocab, wide)
+    if peers is not None:
+        dist.all_reduce(known.counts, group=peers.group)
     if reduction == "mean":
         times = peers.world_size if peers is not None and grad_reduction == "mean" else 1
-        count = counts[0].to(wide)
-        factor = torch.where(count > 0, times / count, 0.0)
+        factor = times / known.counts[0].clamp(min=1).to(wide)  # without tokens every weight is 0
+    else:
+        factor = torch.ones((), dtype=wide, device=x.device)
     return Setup(
         options=made,
         reduction=reduction,
         rows=chosen,
         slice=piece,
-        target=torch.where(valid & (local >= 0) & (local < vocab), local, -1).to(torch.int32),
-        live=valid.to(wide).masked_fill(bad, float("nan")),
+        target=known.target,
+        live=known.live,
         factor=factor,
-        verdict=Verdict(counts, flat, bad, made) if check_labels else Verdict(None, flat, bad, made),
+        verdict=Verdict(known.counts if check_labels else None, flat, made),
     )
 
 
@@ -228,8 +224,8 @@ class Verdict:
     loss itself to do, so it does not run dry.
     """
 
-    def __init__(self, counts: Tensor | None, labels: Tensor, bad: Tensor, options: Options) -> None:
-        self._labels, self._bad, self._options = labels, bad, options
+    def __init__(self, counts: Tensor | None, labels: Tensor, options: Options) -> None:
+        self._labels, self._options = labels, options
         self._counts, self._event = counts, None
         if counts is None:
             return
@@ -254,11 +250,11 @@ class Verdict:
         self._counts = None
         if not number:
             return
-        wrong = self._labels[self._bad]
+        labels, vocab_size = self._labels.long(), self._options.vocab_size
+        wrong = labels[(labels != self._options.ignore_index) & ((labels < 0) | (labels >= vocab_size))]
         where = (
             f"{wrong[0].item()} ({len(wrong)} such labels)" if len(wrong) else f"{number} such labels on other ranks"
         )
         raise ValueError(
-            f"expected labels in [0, {self._options.vocab_size}) or ignore_index {self._options.ignore_index}, "
-            f"got {where}"
+            f"expected labels in [0, {vocab_size}) or ignore_index {self._options.ignore_index}, got {where}"
         )

@@ -9,7 +9,6 @@ import torch
 
 from ..comm import Group
 from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward
-from .reference import losses
 
 Tensor = torch.Tensor
 
@@ -23,7 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows, options = setup.rows, setup.options
         # Not float16: gradients of a mean vanish in it unless the caller's loss scale, known in backward, is in them.
         ahead = needed and inplace and setup.reduction != "none" and logits.dtype != torch.float16
-        weight = setup.scaled(setup.factor)
+        weight = setup.live * setup.factor
         if ahead and setup.slice.group is None:
             statistics = rows.both(logits, setup.target, weight, options, logits)
         else:
@@ -36,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.ahead, ctx.setup, ctx.inplace, ctx.spent = ahead, setup, inplace, False
         if needed:
             ctx.save_for_backward(logits, statistics)
-        return setup.reduce(losses(statistics, setup.live, options))
+        return setup.reduce(rows.losses(statistics, setup.live, options))
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:

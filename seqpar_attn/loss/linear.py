@@ -12,7 +12,6 @@ from ..comm import Group
 from ..kernels import accumulator_dtype
 from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward
 from .products import WeightSum, product
-from .reference import losses
 
 Tensor = torch.Tensor
 
@@ -98,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows, options, live = setup.rows, setup.options, setup.live
         # The factor without its power of two, which would round nothing and could make float16 vanish.
-        weight_of = setup.scaled(torch.frexp(setup.factor).mantissa)
+        weight_of = live * torch.frexp(setup.factor).mantissa
         ahead = any(needs) and setup.reduction != "none"
         gradients = _Gradients(hidden, weight, bias, needs, setup) if ahead else None
         statistics = live.new_empty(4, hidden.shape[0])
@@ -118,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif any(needs):
             ctx.save_for_backward(hidden, weight, bias, statistics)
         ctx.setup, ctx.needs, ctx.logits_bytes, ctx.gradients = setup, needs, logits_bytes, gradients
-        return setup.reduce(losses(statistics, live, options))
+        return setup.reduce(rows.losses(statistics, live, options))
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:

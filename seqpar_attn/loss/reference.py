@@ -16,6 +16,8 @@ PEAK and TOTAL are kept apart, since PEAK + log(TOTAL) would round away what is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..kernels import accumulator_dtype
@@ -41,10 +43,35 @@ def no_statistics(weight: Tensor) -> Tensor:
     return torch.stack([zero - float("inf"), zero, zero, zero])
 
 
+class Labels(NamedTuple):
+    """What is known of ``tokens`` labels."""
+
+    target: Tensor
+    """int32 ``[tokens]``: the label as a column of this rank, -1 if it is another's or the token is ignored."""
+    live: Tensor
+    """float32 (float64) ``[tokens]``: 1, or 0 for ignored tokens, or NaN for labels out of range, which cannot hide."""
+    counts: Tensor
+    """int64 ``[2]``: tokens that are not ignored, and those of them that are out of range."""
+
+
 class ReferenceRows:
     """See the module. The contract of every backend of the loss."""
 
     name = "reference"
+
+    def labels(self, labels: Tensor, options: Options, start: int, columns: int, wide: torch.dtype) -> Labels:
+        """Of ``labels: [tokens]``, any integers, on a rank that has ``columns`` words from ``start`` on."""
+        flat = labels.long()
+        valid = flat != options.ignore_index
+        bad = valid & ((flat < 0) | (flat >= options.vocab_size))
+        local = flat - start
+        target = torch.where(valid & (local >= 0) & (local < columns), local, -1).to(torch.int32)
+        live = valid.to(wide).masked_fill(bad, float("nan"))
+        return Labels(target, live, torch.stack([valid.sum(), bad.sum()]))
+
+    def losses(self, statistics: Tensor, weight: Tensor, options: Options) -> Tensor:
+        """Per-token losses ``[tokens]`` times ``weight``; 0 where that is 0."""
+        return losses(statistics, weight, options)
 
     def statistics(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options) -> Tensor:
         """Statistics ``[4, tokens]`` of the rows ``logits: [tokens, columns]``.

@@ -15,7 +15,7 @@ import torch
 from ...kernels.device import architecture, on_device_of
 from ...kernels.triton import interpreted
 from ..options import Options
-from ..reference import no_statistics
+from ..reference import Labels, no_statistics
 
 Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,10 +23,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @functools.cache
 def _launchers() -> Any:
-    from . import rows, split
+    from . import rows, split, tokens
 
     return SimpleNamespace(
-        rows=rows.launch_rows, scale=rows.launch_scale, add=split.launch_add, finish=split.launch_finish
+        rows=rows.launch_rows,
+        scale=rows.launch_scale,
+        labels=tokens.launch_labels,
+        losses=tokens.launch_losses,
+        add=split.launch_add,
+        finish=split.launch_finish,
     )
 
 
@@ -47,9 +52,21 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class TritonRows:
-    """See :class:`seqpar_attn.loss.reference.ReferenceRows`. No atomics: the same bits in every run."""
+    """See :class:`seqpar_attn.loss.reference.ReferenceRows`. Floats are added in a fixed order: the same bits in every
+    run."""
 
     name = "triton"
+
+    def labels(self, labels: Tensor, options: Options, start: int, columns: int, wide: torch.dtype) -> Labels:
+        assert wide == torch.float32
+        with on_device_of(labels):
+            return Labels(
+                *_launchers().labels(labels.contiguous(), options.ignore_index, options.vocab_size, start, columns)
+            )
+
+    def losses(self, statistics: Tensor, weight: Tensor, options: Options) -> Tensor:
+        with on_device_of(weight):
+            return _launchers().losses(statistics.contiguous(), weight.contiguous(), options)
 
     def statistics(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options) -> Tensor:
         if not logits.shape[1]:

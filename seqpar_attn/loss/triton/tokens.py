@@ -1,0 +1,79 @@
+"""What is done once per token beside its row of logits: one small kernel for labels, one for losses."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...kernels.triton.common import LN2, cdiv
+from ..options import Options
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["tokens", "start", "columns", "vocab_size", "ignore_index"])
+def labels_kernel(
+    labels, target, live, counts, tokens, ignore_index, vocab_size, start, columns, BLOCK: tl.constexpr
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < tokens
+    # labels: [BLOCK]
+    label = tl.load(labels + index, mask=exists, other=0).to(tl.int64)
+    valid = exists & (label != ignore_index)
+    bad = valid & ((label < 0) | (label >= vocab_size))
+    column = label - start
+    here = valid & (column >= 0) & (column < columns)
+    tl.store(target + index, tl.where(here, column, -1).to(tl.int32), mask=exists)
+    tl.store(live + index, tl.where(bad, float("nan"), tl.where(valid, 1.0, 0.0)), mask=exists)
+    tl.atomic_add(counts, tl.sum(valid.to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(counts + 1, tl.sum(bad.to(tl.int64), 0), sem="relaxed")
+
+
+def launch_labels(
+    labels: torch.Tensor, ignore_index: int, vocab_size: int, start: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``labels: [tokens]``, contiguous. ``(target int32, live float32, counts int64 [2])``."""
+    tokens, device = labels.shape[0], labels.device
+    target = torch.empty(tokens, dtype=torch.int32, device=device)
+    live = torch.empty(tokens, dtype=torch.float32, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    if tokens:
+        labels_kernel[(cdiv(tokens, BLOCK),)](
+            labels, target, live, counts, tokens, ignore_index, vocab_size, start, columns, BLOCK=BLOCK
+        )
+    return target, live, counts
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def losses_kernel(
+    statistics, weight, out, tokens, keep, uniform, z_loss,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < tokens
+    # statistics: [4, tokens]; weight, out: [tokens]
+    peak = tl.load(statistics + index, mask=exists, other=0.0)
+    total = tl.load(statistics + tokens + index, mask=exists, other=1.0)
+    chosen = tl.load(statistics + tokens * 2 + index, mask=exists, other=0.0)
+    w = tl.load(weight + index, mask=exists, other=0.0)
+    log_total = tl.log2(total) * LN2
+    loss = log_total - keep * (chosen - peak)
+    if SMOOTHING:
+        loss -= uniform * tl.load(statistics + tokens * 3 + index, mask=exists, other=0.0)
+    if Z_LOSS:
+        lse = peak + log_total
+        loss += z_loss * lse * lse
+    tl.store(out + index, tl.where(w == 0, 0.0, loss * w), mask=exists)
+
+
+def launch_losses(statistics: torch.Tensor, weight: torch.Tensor, options: Options) -> torch.Tensor:
+    """``statistics: [4, tokens]`` and ``weight: [tokens]``, contiguous float32."""
+    tokens = weight.shape[0]
+    out = torch.empty_like(weight)
+    if tokens:
+        losses_kernel[(cdiv(tokens, BLOCK),)](
+            statistics, weight, out, tokens, 1.0 - options.label_smoothing, options.uniform, options.z_loss,
+            SMOOTHING=options.label_smoothing > 0, Z_LOSS=options.z_loss > 0, BLOCK=BLOCK,
+        )  # fmt: skip
+    return out
