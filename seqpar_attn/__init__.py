@@ -1,16 +1,16 @@
 """Exact attention over sequences that do not fit one GPU.
 
-``ring_attention`` and ``dist_flash_attention`` compute attention over a sequence that is split over the ranks of a
-group; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such tokens; ``shard_batch`` splits a batch;
-``LoopbackGroup`` runs several virtual ranks in one process. Importing this package loads neither triton nor
-transformers and does not touch CUDA.
+``ring_attention``, ``dist_flash_attention``, ``ulysses_attention`` and ``usp_attention`` compute attention over a
+sequence that is split over the ranks of a group; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such
+tokens; ``shard_batch`` splits a batch; ``LoopbackGroup`` runs several virtual ranks in one process. Importing
+this package loads neither triton nor transformers and does not touch CUDA.
 """
 
 from . import memory
-from .api import dist_flash_attention, ring_attention
+from .api import dist_flash_attention, ring_attention, ulysses_attention, usp_attention
 from .batch import ShardedBatch, pad_batch, shard_batch
 from .comm import CommunicationError, LoopbackGroup
-from .layout import Contiguous, Layout, Striped, Zigzag, gather, get_layout
+from .layout import Contiguous, Layout, Nested, Striped, Zigzag, gather, get_layout
 from .loss import cross_entropy, linear_cross_entropy
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "Contiguous",
     "Layout",
     "LoopbackGroup",
+    "Nested",
     "ShardedBatch",
     "Striped",
     "Zigzag",
@@ -32,4 +33,6 @@ __all__ = [
     "pad_batch",
     "ring_attention",
     "shard_batch",
+    "ulysses_attention",
+    "usp_attention",
 ]
