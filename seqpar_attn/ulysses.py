@@ -55,6 +55,7 @@ class _Grid:
         if call.method == "ulysses":
             self.heads.shard_length(seqlen)
             return make_plan("ring", call.transfer, "contiguous", 1, mask)
+        get_layout(call.layout, self.ring_comm.world_size)  # an unknown one is named here as it was given
         get_layout(f"{call.layout}/{size}", size * self.ring_comm.world_size).shard_length(seqlen)
         return make_plan("ring", call.transfer, call.layout, self.ring_comm.world_size, mask)
 
