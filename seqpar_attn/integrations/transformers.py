@@ -108,10 +108,17 @@ class Enabled:
     def paused(self) -> Iterator[None]:
         """Within it the model is on one device, with the attention that it had before."""
         self.disable()
+        for module in self.model.modules():
+            module.__dict__[_KEY] = None  # so that nobody takes it for one that was never enabled
         try:
             yield
         finally:
             self._install()
+
+
+def has_settings(module: nn.Module) -> bool:
+    """Whether ``enable`` was called for a model with this module (and it is paused, at most)."""
+    return _KEY in module.__dict__
 
 
 def enabled(model: Any) -> Enabled | None:
