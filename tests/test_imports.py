@@ -79,9 +79,18 @@ def test_rooms_do_not_know_what_is_not_theirs(rooms, forbidden):
         assert not rooms_used(module) & forbidden, module
 
 
-@pytest.mark.parametrize("leaf", ["integrations", "testing"])
-def test_nothing_imports(leaf):
-    assert [m for m in MODULES if room(m) != leaf and leaf in rooms_used(m)] == []
+@pytest.mark.parametrize(("leaf", "allowed"), [("integrations", [PACKAGE]), ("testing", [])])
+def test_nothing_imports(leaf, allowed):
+    """But for the package itself, which hands out ``verify`` to who asks."""
+    assert [m for m in MODULES if room(m) != leaf and leaf in rooms_used(m)] == allowed
+
+
+def test_the_package_loads_verify_only_when_asked():
+    code = (
+        "import sys, seqpar_attn; before = 'seqpar_attn.integrations' in sys.modules;"
+        "print(before, seqpar_attn.verify.__module__, 'transformers' in sys.modules, hasattr(seqpar_attn, 'nothing'))"
+    )
+    assert run(code) == "False seqpar_attn.integrations.verify False False"
 
 
 def test_rooms_form_no_cycle():

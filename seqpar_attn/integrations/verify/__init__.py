@@ -66,8 +66,8 @@ def verify(
             the short *whole* batch (a dict of ``input_ids``, ``labels``, ``cu_seqlens``), shards it and returns this
             rank's loss, not yet differentiated.
         layout: which tokens a rank holds; by default that of ``enable``, else "zigzag".
-        grad_reduction: what training does with the ranks' losses and gradients: "sum" or "mean" (as DistributedDataParallel
-            and FSDP do, unless told otherwise).
+        grad_reduction: what training does with the ranks' losses and gradients: "sum", or "mean" as
+            DistributedDataParallel and FSDP do unless told otherwise.
         tokens_per_rank: how much of the sequence is used.
         tolerance: largest relative error of a module's result and of a gradient; by default 5e-2 in bfloat16, 1e-2 in
             float16, else 2e-4.
@@ -93,19 +93,16 @@ def verify(
     tolerance = usual if tolerance is None else tolerance
     run = step or (lambda model, batch: _usual_step(model, batch, chosen, group))
 
-    error, loss, record, watching = None, math.nan, Record(model), Watching()
-    gradients: dict[str, torch.Tensor] = {}
+    record, watching = Record(model), Watching()
     with _undisturbed(model):
-        try:
-            with record, watching:
-                share = run(model, dict(short))
-            share.backward()
-            loss, gradients = share.item(), _taken_gradients(model)
-        except Exception as complaint:  # of any kind: the other ranks wait below to hear of it
-            error = f"{type(complaint).__name__}: {complaint}"
-        errors = {i: x for i, x in enumerate(_everywhere(error, group)) if x is not None}
+        with record, watching:
+            share, errors = _attempt(lambda: run(model, dict(short)), group)
+        if not errors:  # a rank without a loss has no backward pass, in which the others would wait for it
+            loss, errors = _attempt(lambda: _differentiated(share), group)
         if errors:
             return _finish(failed_call(errors, tolerance), raise_on_failure)
+        gradients = _taken_gradients(model)
+        handle = enabled(model)  # once more: some are enabled by their first call
         with handle.paused() if handle is not None else contextlib.nullcontext():
             whole, expected_loss = _on_one_device(model, short)
         expected = _taken_gradients(model)
@@ -166,6 +163,16 @@ def _everywhere(x: Any, group: Any) -> list[Any]:
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, x, group=process_group)
     return found
+
+
+def _attempt(function: Callable[[], Any], group: Any) -> tuple[Any, dict[int, str]]:
+    """The function's result, and the errors of all ranks, of any kind: no rank goes on alone."""
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as complaint:
+        error = f"{type(complaint).__name__}: {complaint}"
+    return result, {rank: x for rank, x in enumerate(_everywhere(error, group)) if x is not None}
 
 
 def _add_up(x: torch.Tensor, group: Any) -> None:
@@ -244,6 +251,11 @@ def _taken_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _differentiated(loss: torch.Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
 def _usual_step(model: Any, batch: Batch, layout: Layout, group: Any) -> torch.Tensor:
     part = shard_batch(batch["input_ids"], batch["labels"], batch["cu_seqlens"], layout=layout, group=group)
     packed = {} if batch["cu_seqlens"] is None else {"cu_seqlens": part.cu_seqlens}
@@ -267,7 +279,7 @@ def _on_one_device(model: Any, batch: Batch) -> tuple[list[Record], float]:
     for first, last in itertools.pairwise(bounds):
         if first == last:
             continue
-        labels = whole.labels[:, first:last]
+        labels = whole.labels[:, first:last].contiguous()  # the library views them
         with Record(model) as record:
             loss = model(
                 input_ids=batch["input_ids"][:, first:last],
@@ -295,7 +307,7 @@ def _relative(ranks: list[list[tuple[str, str, float, float]]]) -> tuple[tuple[s
 
 
 def _wrong_positions(found: torch.Tensor | None, expected: torch.Tensor) -> str | None:
-    if found is not None and found.shape[-1] == expected.shape[1] and torch.equal(found[..., :].expand_as(expected), expected):  # fmt: skip
+    if found is not None and found.shape[-1] == expected.shape[1] and bool((found == expected).all()):
         return None
     few = "none" if found is None else f"{found.flatten()[:4].tolist()} and so on"
     return (
@@ -324,7 +336,7 @@ def _gradient_errors(
 
 
 def _losses_of_cut_labels(logits: torch.Tensor, batch: Batch, layout: Layout, together: bool) -> tuple[float, ...]:
-    """The loss if labels had been shifted shard by shard: over the tokens of all ranks, and with every rank's own mean."""
+    """The loss if labels had been shifted shard by shard: over the tokens of all ranks, or from each rank's mean."""
     labels, size = batch["labels"].cpu(), layout.world_size
     shards = [layout.shard_all] if together else [lambda x, r=r: layout.shard(x, r) for r in range(size)]
     sums, counts = [], []

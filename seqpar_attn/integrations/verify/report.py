@@ -101,7 +101,7 @@ def _causes(f: Findings, module: str | None, wrong_loss: bool, wrong_gradients: 
         found = [_attention(f), f.positions]
         return found if any(found) else [f"{module} computes something else than on one device"]
     if wrong_loss:
-        return [_labels(f) or _scaled_loss(f) or _loss_alone()]
+        return [_scaled_loss(f) or _labels(f) or _loss_alone()]
     return [_scaled_gradients(f) or "the forward passes agree, the gradients do not: look at the backward pass"]
 
 
@@ -135,11 +135,15 @@ def _size(factor: float, f: Findings) -> str | None:
 
 
 def _scaled_loss(f: Findings) -> str | None:
+    factors = [f.world_size, 1 / f.world_size]
+    nearest = min(factors, key=lambda factor: abs(f.loss - factor * f.expected_loss))
+    if any(abs(f.loss - cut) < abs(f.loss - nearest * f.expected_loss) for cut in f.losses_of_cut_labels):
+        return None  # that fits better
     size = _size(f.loss / f.expected_loss, f) if f.expected_loss else None
     return size and (
-        f"the loss, and gradients with it, were scaled by the group's size: they are {size} what they should be. A loss "
-        "that is a share of the whole belongs to gradients that are summed, one times the group's size to gradients "
-        "that are averaged"
+        f"the loss, and gradients with it, were scaled by the group's size: they are {size} what they should be. A "
+        "loss that is a share of the whole belongs to gradients that are summed, one that is the group's size times "
+        "as large to gradients that are averaged"
     )
 
 
