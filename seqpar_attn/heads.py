@@ -48,7 +48,7 @@ def to_heads(
     for x, copies in tensors:
         batch, tokens, nheads, headdim = x.shape
         shard, slots = tokens // (rows * len(local)), nheads * copies // world_size
-        x = x.unflatten(1, (rows, len(local), shard))
+        x = torch.unflatten(x, 1, (rows, len(local), shard))
         parts = x.new_empty(len(local), world_size, batch, rows, shard, slots, headdim)
         for i, rank in enumerate(local):
             for peer in range(world_size):
@@ -80,7 +80,7 @@ def to_tokens(
     receives: list[list[Message]] = [[] for _ in local]
     received = []
     for x, _ in tensors:
-        x = x.unflatten(0, (len(local), -1)).unflatten(2, (rows, x.shape[1] // rows))
+        x = torch.unflatten(torch.unflatten(x, 0, (len(local), -1)), 2, (rows, x.shape[1] // rows))
         _, batch, _, length, slots, headdim = x.shape
         parts = x.new_empty(len(local), world_size, batch, rows, length // world_size, slots, headdim)
         for i, rank in enumerate(local):
@@ -98,6 +98,6 @@ def to_tokens(
         # [local, ranks, b, rows, shard, slots, d] -> [b, rows, local, shard, ranks, slots, d]
         x = parts.permute(2, 3, 0, 4, 1, 5, 6).flatten(1, 3).flatten(2, 3)
         if copies > 1:
-            x = x.unflatten(2, (-1, copies)).sum(3)
+            x = torch.unflatten(x, 2, (-1, copies)).sum(3)
         results.append(x.contiguous())
     return results

@@ -1,66 +1,16 @@
 """Ulysses and USP against float64 single-device attention: virtual ranks, real processes, and what is refused."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import MASKS, NAMES, check_error_rule, check_exact, make_inputs, truth
+from attention_cases import MASKS, check_error_rule, check_exact, make_inputs, truth
+from ulysses_cases import Grid, run, unshard
 
 import seqpar_attn
 from seqpar_attn import LoopbackGroup, memory
 from seqpar_attn.heads import key_copies
 from seqpar_attn.layout import get_layout
 from seqpar_attn.testing.distributed import RankPool
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """``rows`` rings of ``columns`` ranks that exchange heads; one row is plain Ulysses."""
-
-    rows: int
-    columns: int
-    layout: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.rows}x{self.columns}-{self.layout}"
-
-    def whole_layout(self):
-        name = self.layout if self.rows == 1 else f"{self.layout}/{self.columns}"
-        return get_layout(name, self.rows * self.columns)
-
-    def attend(self, q, k, v, real, **arguments):
-        if self.rows == 1:
-            group = None if real else LoopbackGroup(self.columns)
-            return seqpar_attn.ulysses_attention(q, k, v, group=group, layout=self.layout, **arguments)
-        group = (LoopbackGroup(self.rows), LoopbackGroup(self.columns))
-        if real:
-            group = dist.init_device_mesh("cpu", (self.rows, self.columns), mesh_dim_names=("ring", "ulysses"))
-        return seqpar_attn.usp_attention(q, k, v, group=group, layout=self.layout, **arguments)
-
-
-def run(x, grid, rank=None, **more):
-    """Results of the whole sequence on virtual ranks (``rank`` None), or of this process's shard."""
-    layout = grid.whole_layout()
-
-    def shard(tensor, dim=1):
-        return layout.shard_all(tensor, dim) if rank is None else layout.shard(tensor, rank, dim)
-
-    q, k, v = (shard(t).requires_grad_() for t in (x.q, x.k, x.v))
-    out, lse = grid.attend(q, k, v, rank is not None, return_lse=True, **(x.arguments | more))
-    assert out.dtype == q.dtype and out.shape == q.shape
-    gradients = torch.autograd.grad((out, lse), (q, k, v), (shard(x.dout), shard(x.dlse, 2)))
-    results = dict(zip(NAMES, (out.detach(), lse.detach(), *gradients)))
-    if rank is None:
-        results = {name: layout.unshard_all(t, 2 if name == "lse" else 1) for name, t in results.items()}
-    return results
-
-
-def unshard(shards, grid):
-    layout = grid.whole_layout()
-    return {name: layout.unshard([s[name] for s in shards], 2 if name == "lse" else 1) for name in NAMES}
-
 
 ids = dict(ids=lambda x: getattr(x, "name", str(x)))
 GRIDS = [
@@ -193,7 +143,7 @@ def test_a_fault_of_one_rank_is_an_error_on_all(odd_rank):
 
 
 def batch_of_grid(rank, world_size):
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    mesh = dist.init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "ring", "ulysses"))["ring", "ulysses"]
     tokens = torch.arange(100, 100 + 22)[None]
     by_mesh = seqpar_attn.shard_batch(tokens, layout="zigzag/2", group=mesh)
     by_rank = seqpar_attn.shard_batch(tokens, layout="zigzag/2", rank=rank, world_size=world_size)
