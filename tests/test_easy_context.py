@@ -119,6 +119,25 @@ def test_as_on_one_rank(pool):
             assert worst < TOLERANCE * scale, f"{seq_algo} {degree} {family} {name}: {worst} of {scale}"
 
 
+def test_offloaded_checkpoints_without_sequence_parallelism():
+    """data_parallel has the library's attention, which is computed again."""
+    model = build("llama")
+    train_step("data_parallel", model, 0, 1)
+    plain = gradients(model)
+    model.zero_grad()
+    apply_unsloth_offloaded_gradient_checkpoint_monkey_patch()
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()  # twice is once
+    runs = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    train_step("data_parallel", model, 0, 1)
+    hook.remove()
+    assert len(runs) == 2  # forward, and once more in backward
+    assert all(torch.equal(x, plain[name]) for name, x in gradients(model).items())
+    model.gradient_checkpointing_disable()
+    assert "forward" not in model.model.layers[0].__dict__
+
+
 FAULTS = {
     "algorithm": ({"seq_algo": "spiral"}, "expected seq_algo to be one of zigzag_ring_attn, .*, got 'spiral'"),
     "length": ({"length": 46}, "expected seqlen divisible by 4 .* got 46; pad with pad_batch"),
