@@ -283,7 +283,8 @@ def usp_attention(
 
     Which tokens a rank holds: ``layout`` splits the sequence over the R rows of the grid, and the U ranks of a row hold
     consecutive parts of its shard. As a layout for :func:`shard_batch`, :func:`gather` and positions that is called
-    ``f"{layout}/{U}"``, "zigzag/2" for two ranks per row; they take the same ``group``.
+    ``f"{layout}/{U}"``, "zigzag/2" for two ranks per row; they take the same ``group``. (Losses take the one group of
+    all these ranks.)
 
     Args:
         q, k, v: this rank's shards, as for :func:`ring_attention`; ``nheads`` divisible by U.

@@ -224,6 +224,8 @@ def test_what_is_patched_and_undone():
     assert enabled(llama).settings.method == "dist_flash"
     apply_seq_parallel_monkey_patch("ulysses_attn", mistral)  # a model by itself
     assert enabled(mistral).settings.method == "ulysses"
+    apply_seq_parallel_monkey_patch("usp_attn", "llama", ring_degree=2)  # which prepare then takes up
+    assert prepare("usp_attn", world_size=4)["local_position_ids"].tolist() == [[*range(12)]]
     apply_unsloth_offloaded_gradient_checkpoint_monkey_patch()
     apply_seq_parallel_monkey_patch("data_parallel", "llama")
     assert enabled(llama) is None and "__call__" not in LlamaPreTrainedModel.__dict__

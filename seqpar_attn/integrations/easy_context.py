@@ -79,7 +79,7 @@ def prepare_seq_parallel_inputs(
     rank: int,
     world_size: int,
     device: torch.device | str,
-    ring_degree: int = 1,
+    ring_degree: int | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """This rank's part of a batch that every rank holds whole.
 
@@ -90,8 +90,8 @@ def prepare_seq_parallel_inputs(
         target_ids: what to predict at each position (shifted already), ``[batch, seqlen]``, or None.
         rank, world_size: of all processes.
         device: where the parts go.
-        ring_degree: rows of the grid of usp_attn; ``world_size / ring_degree`` neighbours exchange heads. Models that
-            were enabled with another degree change to this one.
+        ring_degree: rows of the grid of usp_attn; ``world_size / ring_degree`` neighbours exchange heads. By default
+            what was given last, here or to ``apply_seq_parallel_monkey_patch``; models with another degree change.
 
     Returns:
         ``local_input_ids``, ``local_position_ids`` and ``local_target_ids`` (None if there were none), contiguous
@@ -103,6 +103,7 @@ def prepare_seq_parallel_inputs(
             have batches of different shapes.
     """
     device = torch.device(device)
+    ring_degree = _state.ring_degree if ring_degree is None else ring_degree
     error: ValueError | None = None
     layout = None
     try:
@@ -199,7 +200,8 @@ def _base_class(family: str) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
     model_class: Any = MODEL_MAPPING[CONFIG_MAPPING[family]]
-    return [c for c in model_class.__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel][-1]
+    own = [c for c in model_class.__mro__ if c.__module__ == model_class.__module__]
+    return [c for c in own if issubclass(c, PreTrainedModel)][-1]
 
 
 def _watch(family: str) -> None:

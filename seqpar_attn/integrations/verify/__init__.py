@@ -69,8 +69,8 @@ def verify(
         grad_reduction: what training does with the ranks' losses and gradients: "sum", or "mean" as
             DistributedDataParallel and FSDP do unless told otherwise.
         tokens_per_rank: how much of the sequence is used.
-        tolerance: largest relative error of a module's result and of a gradient; by default 5e-2 in bfloat16, 1e-2 in
-            float16, else 2e-4.
+        tolerance: largest relative error of a module's result, and a quarter of that of a parameter's gradient; by
+            default 5e-2 in bfloat16, 1e-2 in float16, else 2e-4.
         raise_on_failure: False returns the report of a failure, too.
 
     Returns:

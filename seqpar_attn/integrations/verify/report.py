@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+GRADIENTS = 4
+"""How many times as far as results gradients may be off: roundings disturb those of queries and keys more."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -86,7 +89,7 @@ def judge(f: Findings) -> Report:
     module = first_difference(f)
     worst = max(f.gradients.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1], default=None)
     wrong_loss = not _close(f.loss, f.expected_loss, f.loss_tolerance)
-    wrong_gradients = worst is not None and not worst[1] <= f.tolerance
+    wrong_gradients = worst is not None and not worst[1] <= GRADIENTS * f.tolerance
     ok = module is None and not wrong_loss and not wrong_gradients
     causes = [] if ok else [x for x in _causes(f, module, wrong_loss, wrong_gradients) if x is not None]
     return Report(ok, tuple(causes), module, f.loss, f.expected_loss, worst, f.tolerance)
@@ -123,13 +126,13 @@ def _labels(f: Findings) -> str | None:
     )
 
 
-def _size(factor: float, f: Findings) -> str | None:
+def _size(factor: float, f: Findings, tolerance: float) -> str | None:
     """The group's size as a factor, in words."""
     if f.world_size == 1:
         return None
-    if _close(factor, f.world_size, f.loss_tolerance):
+    if _close(factor, f.world_size, tolerance):
         return f"{f.world_size} times (the size of the group)"
-    if _close(factor, 1 / f.world_size, f.loss_tolerance):
+    if _close(factor, 1 / f.world_size, tolerance):
         return f"1/{f.world_size} (1 / the size of the group) times"
     return None
 
@@ -139,7 +142,7 @@ def _scaled_loss(f: Findings) -> str | None:
     nearest = min(factors, key=lambda factor: abs(f.loss - factor * f.expected_loss))
     if any(abs(f.loss - cut) < abs(f.loss - nearest * f.expected_loss) for cut in f.losses_of_cut_labels):
         return None  # that fits better
-    size = _size(f.loss / f.expected_loss, f) if f.expected_loss else None
+    size = _size(f.loss / f.expected_loss, f, f.loss_tolerance) if f.expected_loss else None
     return size and (
         f"the loss, and gradients with it, were scaled by the group's size: they are {size} what they should be. A "
         "loss that is a share of the whole belongs to gradients that are summed, one that is the group's size times "
@@ -155,9 +158,9 @@ def _loss_alone() -> str:
 
 
 def _scaled_gradients(f: Findings) -> str | None:
-    if not f.gradient_rest <= f.tolerance:
+    if not f.gradient_rest <= GRADIENTS * f.tolerance:
         return None
-    size = _size(f.gradient_factor, f)
+    size = _size(f.gradient_factor, f, f.tolerance)
     if size is None:
         return f"all gradients are {f.gradient_factor:.6g} times what they should be"
     return (
