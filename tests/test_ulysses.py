@@ -127,16 +127,21 @@ def faulty(rank, world_size, odd_rank):
     return found
 
 
-@pytest.mark.parametrize("odd_rank", [1, 2])
-def test_a_fault_of_one_rank_is_an_error_on_all(odd_rank):
+@pytest.fixture(scope="module")
+def four():
     with RankPool(4, timeout=60) as four:
-        for found in four.run(faulty, odd_rank):
-            for (name, usp), message in found.items():
-                wanted = FAULTS[name][1]
-                if usp and name == "length":  # any shard of two ranks' rows makes two chunks
-                    wanted = ("expected the same q shape",)
-                for words in wanted:
-                    assert words in message, (name, usp, message)
+        yield four
+
+
+@pytest.mark.parametrize("odd_rank", [1, 2])
+def test_a_fault_of_one_rank_is_an_error_on_all(four, odd_rank):
+    for found in four.run(faulty, odd_rank):
+        for (name, usp), message in found.items():
+            wanted = FAULTS[name][1]
+            if usp and name == "length":  # any shard of two ranks' rows makes two chunks
+                wanted = ("expected the same q shape",)
+            for words in wanted:
+                assert words in message, (name, usp, message)
 
 
 # Layouts, compilers and checkpoints -----------------------------------------------------------------------------------
@@ -160,10 +165,9 @@ def batch_of_grid(rank, world_size):
     return by_mesh.labels
 
 
-def test_batches_of_a_grid():
+def test_batches_of_a_grid(four):
     """Labels, positions and the way back, for a mesh of ranks."""
-    with RankPool(4, timeout=60) as four:
-        labels = four.run(batch_of_grid)
+    labels = four.run(batch_of_grid)
     whole = get_layout("zigzag/2", 4).unshard(labels)
     assert whole[0].tolist() == [*range(101, 122), -100, -100, -100]
 
