@@ -2,8 +2,8 @@
 
 The ranks of a group exchange heads for tokens (:mod:`.heads`), so that each has some heads of all their tokens. Over
 these it plays a ring's schedule: with the ranks that have the same heads of other tokens (USP), or alone (Ulysses).
-What was exchanged is kept for the backward pass, which therefore moves as many tensors as the forward pass; gradients of
-key heads that went to several ranks travel in the accumulator dtype. A recomputation in a checkpoint takes the
+What was exchanged is kept for the backward pass, which therefore moves as many tensors as the forward pass; gradients
+of key heads that went to several ranks travel in the accumulator dtype. A recomputation in a checkpoint takes the
 attention's result from what was kept (:mod:`.kept`) and exchanges again only what backward needs.
 """
 
