@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from .autograd import attention_op
-from .comm import Group, communicator, group_name
+from .comm import Group, LoopbackGroup, agree, communicator, group_name
+from .layout import grid_of
+from .ulysses import ulysses_op
 from .validation import as_boundaries
+
+Grid = DeviceMesh | tuple[Group, Group]
+"""Two groups of every rank: a mesh of the dimensions (ring, Ulysses), or these two groups."""
 
 Boundaries = torch.Tensor | Sequence[int] | None
 
@@ -33,8 +39,13 @@ def _attention(
     return_lse: bool,
     transfer: str,
     dropout_p: float,
+    heads_group: Group = None,
 ) -> Any:
-    name = group_name(group)
+    """``heads_group``: for "ulysses" and "usp", the group that exchanges heads; ``group`` is then the ring."""
+    exchanges = method in ("ulysses", "usp")
+    names = [group_name(group)]
+    if exchanges:
+        names.insert(0, group_name(heads_group))
     error: ValueError | None = None
     bounds = None
     try:
@@ -51,13 +62,13 @@ def _attention(
         error = complaint
     if error is not None:
         # Tell the other ranks before raising: they wait for this one.
-        communicator(name, q.device).agree({}, error)
+        agree([communicator(name, q.device) for name in names], {}, error)
         raise error
-    out, lse = attention_op(
+    results = (ulysses_op if exchanges else attention_op)(
         q,
         k,
         v,
-        name,
+        *names,
         method,
         transfer,
         layout,
@@ -69,7 +80,7 @@ def _attention(
         backend,
         deterministic,
     )
-    return (out, lse) if return_lse else out
+    return tuple(results[:2]) if return_lse else results[0]
 
 
 def ring_attention(
@@ -182,6 +193,120 @@ def dist_flash_attention(
         v,
         "dist_flash",
         group=group,
+        layout=layout,
+        causal=causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        backend=backend,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        transfer=transfer,
+        dropout_p=dropout_p,
+    )
+
+
+def ulysses_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: Group = None,
+    layout: str = "contiguous",
+    causal: bool = True,
+    window_size: int | None = None,
+    cu_seqlens: Boundaries = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+    dropout_p: float = 0.0,
+) -> Any:
+    """Exact attention of a sequence whose tokens are split over the ranks of ``group``, by exchanging heads.
+
+    In one all-to-all every rank gives away the heads that are not its own and gets its own heads' queries, keys and
+    values of all tokens; it attends them as one device would, and a second all-to-all brings the results home. Every
+    layout is balanced, and any is right: the tokens are put in order before they are attended.
+
+    Arguments, result and errors are those of :func:`ring_attention` (there is no ``transfer``), with one demand more:
+    ``nheads`` must be divisible by the number of ranks. ``nheads_kv`` need not be: a key head goes to every rank whose
+    query heads read it, and the gradients of such copies are added up in float32.
+
+    Source: DeepSpeed Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
+    """
+    return _attention(
+        q,
+        k,
+        v,
+        "ulysses",
+        group=LoopbackGroup(1),
+        heads_group=group,
+        layout=layout,
+        causal=causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        backend=backend,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        transfer="pull",
+        dropout_p=dropout_p,
+    )
+
+
+def usp_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: Grid,
+    layout: str = "zigzag",
+    causal: bool = True,
+    window_size: int | None = None,
+    cu_seqlens: Boundaries = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+    return_lse: bool = False,
+    transfer: str = "pull",
+    dropout_p: float = 0.0,
+) -> Any:
+    """Exact attention over a grid of ranks: Ulysses along one dimension, a ring along the other.
+
+    The ranks of a Ulysses group (the second dimension: neighbours, with the fastest links) exchange heads for tokens,
+    as in :func:`ulysses_attention`; then ranks with the same heads play a ring, as in :func:`ring_attention`. So more
+    ranks can work together than there are heads, and only the ring's blocks cross the slower links.
+
+    Which tokens a rank holds: ``layout`` splits the sequence over the R rows of the grid, and the U ranks of a row hold
+    consecutive parts of its shard. As a layout for :func:`shard_batch`, :func:`gather` and positions that is called
+    ``f"{layout}/{U}"``, "zigzag/2" for two ranks per row; they take the same ``group``. (Losses take the one group of
+    all these ranks.)
+
+    Args:
+        q, k, v: this rank's shards, as for :func:`ring_attention`; ``nheads`` divisible by U.
+        group: a DeviceMesh of two dimensions (ring, Ulysses), or the two groups ``(ring, ulysses)`` of this rank.
+            Virtual ranks: ``(LoopbackGroup(R), LoopbackGroup(U))``; tensors hold the shards row by row.
+        layout: of the ring: "zigzag", "contiguous" or "striped".
+
+    The other arguments, the result and the errors are those of :func:`ring_attention`. Errors name the row first, then
+    the rank in it.
+
+    Source: USP (Fang, Zhao 2024, arXiv 2405.07719).
+    """
+    grid = grid_of(group)
+    if grid is None:
+        raise ValueError(f"expected a mesh of two dimensions (ring, Ulysses) or a pair of groups, got {group!r}")
+    return _attention(
+        q,
+        k,
+        v,
+        "usp",
+        group=grid[0],
+        heads_group=grid[1],
         layout=layout,
         causal=causal,
         window_size=window_size,

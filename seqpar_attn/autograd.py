@@ -33,7 +33,7 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicat
     return plan, kernel
 
 
-def _describe(q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None) -> dict[str, object]:
+def describe(q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None) -> dict[str, object]:
     """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
     own = {"q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype, "device": q.device.type}
     chosen = kernel and f"{kernel.name} ({type(kernel).__name__})"  # a backend may have several kernels
@@ -71,7 +71,7 @@ def attention_op(
     except ValueError as complaint:
         error = complaint
     if comm.world_size > 1 or error is not None:
-        comm.agree(_describe(q, k, call, kernel), error)
+        comm.agree(describe(q, k, call, kernel), error)
     assert kernel is not None
     results = forward_pass(q, k, v, plan, comm, kernel, call)
     kept.record(results)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, layout_for, resolve_group
+from .layout import Layout, holds_all, layout_for, resolve_group
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +94,9 @@ def shard_batch(
         labels: integer, same shape, *unshifted* as Hugging Face passes them (a copy of ``input_ids`` with
             ``ignore_index`` where nothing is to be learned). Default: ``input_ids`` itself.
         cu_seqlens: document boundaries ``0 = c_0 <= ... <= c_n = seqlen`` of a packed sequence, the same for every row.
-        layout: "zigzag", "contiguous", "striped" or a :class:`~seqpar_attn.layout.Layout`.
-        group: as for ``ring_attention``; or pass ``rank`` and ``world_size`` instead.
+        layout: "zigzag", "contiguous", "striped", "zigzag/2" (a grid's, two ranks to a Ulysses group) or a
+            :class:`~seqpar_attn.layout.Layout`.
+        group: as for ``ring_attention`` or ``usp_attention``; or pass ``rank`` and ``world_size`` instead.
         shift_labels: the label at position i becomes that of token i + 1, and the last token of every document gets
             ``ignore_index``. False: ``labels`` already say what to predict at each position.
 
@@ -104,7 +105,7 @@ def shard_batch(
     """
     if (rank is None) != (world_size is None):
         raise ValueError(f"expected both rank and world_size or neither, got rank={rank}, world_size={world_size}")
-    loopback = bool(getattr(group, "is_loopback", False))
+    loopback = group is not None and holds_all(group)
     if rank is None or world_size is None:
         rank, world_size, _ = resolve_group(group)
     elif group is not None:

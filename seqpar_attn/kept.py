@@ -63,6 +63,20 @@ class Replaying(_Scope):
         return super().__enter__()
 
 
+class Watching:
+    """Counts the attention calls of this thread that compute something, whatever else they are asked to do."""
+
+    calls = 0
+
+    def __enter__(self) -> Watching:
+        self._outer = getattr(_this_thread, "watching", None)
+        _this_thread.watching = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _this_thread.watching = self._outer
+
+
 def replayed(q: torch.Tensor) -> Results | None:
     """The results of this call, if it is a recomputation."""
     scope = _current()
@@ -80,7 +94,10 @@ def replayed(q: torch.Tensor) -> Results | None:
 
 
 def record(results: Results) -> None:
-    """Keep the results of this call, if somebody asked for that."""
+    """Keep the results of this call, if somebody asked for that, and count it."""
+    watching: Watching | None = getattr(_this_thread, "watching", None)
+    if watching is not None:
+        watching.calls += 1
     scope = _current()
     if isinstance(scope, Recording):
         scope.store.put(results)

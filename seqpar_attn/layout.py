@@ -2,11 +2,13 @@
 
 A layout cuts a global sequence of ``seqlen`` tokens into the shards of ``world_size`` ranks, all of one length. It
 knows integers and tensors, nothing of attention: :class:`Zigzag` balances causal masks in two chunks per rank,
-:class:`Contiguous` keeps neighbours together, :class:`Striped` deals tokens out like cards.
+:class:`Contiguous` keeps neighbours together, :class:`Striped` deals tokens out like cards, and :class:`Nested` cuts
+the shards of one of these once more, for a grid of ranks.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,12 +32,17 @@ class Layout(ABC):
     """What every layout can do. Subclasses say where the tokens lie (:meth:`chunks`), everything else follows."""
 
     world_size: int
-    name: ClassVar[str]
+    _name: ClassVar[str]
     _factor: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
             raise ValueError(f"expected world_size >= 1, got {self.world_size}")
+
+    @property
+    def name(self) -> str:
+        """What :func:`get_layout` knows it by."""
+        return self._name
 
     @property
     def multiple(self) -> int:
@@ -57,9 +64,8 @@ class Layout(ABC):
     def shard_length(self, seqlen: int) -> int:
         """Tokens per rank. Raises ValueError where ``seqlen`` does not divide."""
         if seqlen < 0 or seqlen % self.multiple:
-            how = (
-                f"{self._factor} x world_size {self.world_size}" if self._factor > 1 else f"world_size {self.multiple}"
-            )
+            factor = self.multiple // self.world_size
+            how = f"{factor} x world_size {self.world_size}" if factor > 1 else f"world_size {self.multiple}"
             raise ValueError(
                 f"expected seqlen divisible by {self.multiple} ({how}) for layout {self.name!r}, got {seqlen}; "
                 "pad with pad_batch"
@@ -124,7 +130,7 @@ class Layout(ABC):
 class Zigzag(Layout):
     """``2 * world_size`` equal chunks; rank r holds an early one, r, and the mirrored late one, 2W-1-r."""
 
-    name: ClassVar[str] = "zigzag"
+    _name: ClassVar[str] = "zigzag"
     _factor: ClassVar[int] = 2
 
     def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
@@ -136,7 +142,7 @@ class Zigzag(Layout):
 class Contiguous(Layout):
     """Rank r holds the r-th part of the sequence, as two spans so that a schedule can give half of it away."""
 
-    name: ClassVar[str] = "contiguous"
+    _name: ClassVar[str] = "contiguous"
 
     def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
         first = n - n // 2
@@ -147,7 +153,7 @@ class Contiguous(Layout):
 class Striped(Layout):
     """Rank r holds the positions r, r + W, r + 2W, ..."""
 
-    name: ClassVar[str] = "striped"
+    _name: ClassVar[str] = "striped"
 
     def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
         return (Span(rank, n, self.world_size),)
@@ -157,22 +163,86 @@ class Striped(Layout):
         return torch.stack(list(shards), dim + 1).flatten(dim, dim + 1)
 
 
-_LAYOUTS: dict[str, type[Layout]] = {kind.name: kind for kind in (Zigzag, Contiguous, Striped)}
+@dataclass(frozen=True)
+class Nested(Layout):
+    """A layout's shards, each cut again into ``parts`` consecutive parts: what USP's grid of ranks holds.
+
+    Rank ``r * parts + u`` holds part u of the shard that rank r of ``world_size / parts`` ranks has in the layout
+    ``outer``. Its name is "outer/parts", such as "zigzag/2".
+    """
+
+    outer: str
+    parts: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts < 1 or self.world_size % self.parts:
+            raise ValueError(
+                f"expected a number of parts that divides world_size {self.world_size}, got layout {self.name!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.outer}/{self.parts}"
+
+    @property
+    def whole(self) -> Layout:
+        """The layout that is cut, over fewer ranks."""
+        return get_layout(self.outer, self.world_size // self.parts)
+
+    @property
+    def multiple(self) -> int:
+        return math.lcm(self.whole.multiple, self.world_size)
+
+    def _spans(self, rank: int, n: int) -> tuple[Span, ...]:
+        row, part = divmod(rank, self.parts)
+        begin, end = part * n, (part + 1) * n
+        spans, offset = [], 0
+        for span in self.whole._spans(row, n * self.parts):
+            first = min(max(begin - offset, 0), span.length)
+            last = min(max(end - offset, 0), span.length)
+            spans.append(Span(span.start + first * span.stride, last - first, span.stride))  # may be empty
+            offset += span.length
+        return tuple(spans)
+
+    def _join(self, shards: Sequence[torch.Tensor], chunks: tuple[tuple[Span, ...], ...], dim: int) -> torch.Tensor:
+        rows = [torch.cat(list(shards[i : i + self.parts]), dim) for i in range(0, self.world_size, self.parts)]
+        return self.whole.unshard(rows, dim)
+
+
+_LAYOUTS: dict[str, type[Layout]] = {kind._name: kind for kind in (Zigzag, Contiguous, Striped)}
 
 
 def get_layout(name: str, world_size: int) -> Layout:
-    """The layout called ``name`` ("zigzag", "contiguous" or "striped") for ``world_size`` ranks."""
-    if name not in _LAYOUTS:
+    """The layout called ``name`` for ``world_size`` ranks: "zigzag", "contiguous" or "striped", or one of these with a
+    number of parts, "zigzag/2", see :class:`Nested`."""
+    outer, slash, parts = str(name).partition("/")
+    if outer not in _LAYOUTS or (slash and not parts.isdecimal()):
         raise ValueError(f"expected one of {sorted(_LAYOUTS)} as layout, got {name!r}")
-    return _LAYOUTS[name](world_size)
+    return Nested(world_size, outer, int(parts)) if slash else _LAYOUTS[outer](world_size)
+
+
+def grid_of(group: Any) -> tuple[Any, Any] | None:
+    """The two groups ``(ring, ulysses)`` of a grid of ranks, a two-dimensional DeviceMesh or a pair of groups; None for
+    another group. In a mesh the second dimension is Ulysses'."""
+    if isinstance(group, tuple) and len(group) == 2:
+        return group
+    if getattr(group, "ndim", 1) == 2 and hasattr(group, "get_group"):
+        return group.get_group(0), group.get_group(1)
+    return None
 
 
 def resolve_group(group: Any) -> tuple[int, int, dist.ProcessGroup | None]:
     """``(rank, world_size, process group)`` of what the package takes as ``group``.
 
     A ProcessGroup, a one-dimensional DeviceMesh, None (the default group if there is one, else a single rank) or a
-    LoopbackGroup; the last one and a single rank have no process group.
+    LoopbackGroup; the last one and a single rank have no process group. Nor has a grid (see :func:`grid_of`), whose
+    ranks count along its second dimension first.
     """
+    grid = grid_of(group)
+    if grid is not None:
+        (row, rows, _), (column, columns, _) = (resolve_group(part) for part in grid)
+        return row * columns + column, rows * columns, None
     if getattr(group, "is_loopback", False):
         return 0, int(group.world_size), None
     if hasattr(group, "get_group"):  # a DeviceMesh; raises on its own if it has several dimensions
@@ -184,6 +254,12 @@ def resolve_group(group: Any) -> tuple[int, int, dist.ProcessGroup | None]:
     if rank < 0:
         raise ValueError("expected a group that this process is a member of, got one that it is not in")
     return rank, dist.get_world_size(group), group
+
+
+def holds_all(group: Any) -> bool:
+    """Whether this process holds the shards of all ranks, virtual ones (a LoopbackGroup, or a pair of them)."""
+    grid = grid_of(group)
+    return all(holds_all(part) for part in grid) if grid is not None else bool(getattr(group, "is_loopback", False))
 
 
 class _Gather(torch.autograd.Function):
@@ -209,12 +285,22 @@ def gather(x_local: torch.Tensor, layout: str | Layout, group: Any = None, dim: 
     """The whole sequence on every rank, from the shards of all ranks: for evaluation and tests.
 
     ``x_local`` is this rank's shard along ``dim`` (for a LoopbackGroup: all shards concatenated), of one shape and
-    dtype on all ranks. Differentiable with the convention of ``torch.distributed.nn.functional.all_gather``: what is
-    differentiated is the *sum over ranks* of their losses, so the gradients that the ranks have for the gathered
-    tensor are added up. If every rank computes the same loss from it, divide that loss by the world size.
+    dtype on all ranks. For a grid of ranks (a two-dimensional DeviceMesh or a pair of groups, see
+    :func:`seqpar_attn.usp_attention`) the layout is a :class:`Nested` one.
+
+    Differentiable with the convention of ``torch.distributed.nn.functional.all_gather``: what is differentiated is the
+    *sum over ranks* of their losses, so the gradients that the ranks have for the gathered tensor are added up. If
+    every rank computes the same loss from it, divide that loss by the world size.
     """
     _, world_size, process_group = resolve_group(group)
     layout = layout_for(layout, world_size)
+    grid = grid_of(group)
+    if grid is not None and not holds_all(group):
+        ring, ulysses = grid
+        parts = resolve_group(ulysses)[1]
+        if not isinstance(layout, Nested) or layout.parts != parts:
+            raise ValueError(f"expected a layout such as 'zigzag/{parts}' for this grid of ranks, got {layout.name!r}")
+        return gather(gather(x_local, "contiguous", ulysses, dim), layout.whole, ring, dim)
     if process_group is None:
         return layout.unshard_all(x_local, dim)
     layout.shard_length(x_local.shape[dim] * world_size)

@@ -191,12 +191,12 @@ class Forward(Pass):
 class Backward(Pass):
     """Tensors: q, k, v, dout, lse, out; the gradient of q; dk and dv or their accumulators; that of dq; delta."""
 
-    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors):
+    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors, wide_keys: bool):
         q, k, v, *_ = given
         dtype = accumulator_dtype(q.dtype)
-        self._round = not program.keys_once and dtype != k.dtype
-        """Whether dk and dv are accumulators."""
-        keys: list[Shape] = [(x.shape, dtype if self._round else k.dtype) for x in (k, v)]
+        self._round = not wide_keys and not program.keys_once and dtype != k.dtype
+        """Whether dk and dv are accumulators that are rounded at the end."""
+        keys: list[Shape] = [(x.shape, dtype if self._round or wide_keys else k.dtype) for x in (k, v)]
         returned: list[Shape] = [(q.shape, q.dtype), *([] if self._round else keys)]
         batch, seqlen, nheads, _ = q.shape
         scratch: list[Shape] = [*(keys if self._round else []), (q.shape, dtype), ((batch, nheads, seqlen), dtype)]
@@ -211,7 +211,7 @@ class Backward(Pass):
     def play(
         self, comm: Communicator, dlse: torch.Tensor | None, *given: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(dq, dk, dv)`` of ``q, k, v, dout, lse, out``, in the input dtype."""
+        """``(dq, dk, dv)`` of ``q, k, v, dout, lse, out``, in the input dtype (wide keys: accumulators)."""
         with on_device_of(given[0]):
             self.begin(given)
             self.launch("delta", self._delta)
@@ -275,9 +275,10 @@ _GEOMETRIES = 64
 """For which a program keeps passes."""
 
 
-def _key(kernel: Kernel, call: Call, given: Tensors) -> Hashable:
+def _key(kernel: Kernel, call: Call, given: Tensors, wide_keys: bool) -> Hashable:
     """All that a pass depends on besides its program."""
     key: list[Any] = [kernel, call.softmax_scale, call.softcap, call.deterministic, given[0].device, given[0].dtype]
+    key.append(wide_keys)
     together = 0
     for x in given:
         key += (x.shape, x.stride())
@@ -287,14 +288,16 @@ def _key(kernel: Kernel, call: Call, given: Tensors) -> Hashable:
     return tuple(key)
 
 
-def _shelf(program: Program, kernel: Kernel, call: Call, given: Tensors) -> tuple[list[Any], Tensors]:
+def _shelf(
+    program: Program, kernel: Kernel, call: Call, given: Tensors, wide_keys: bool = False
+) -> tuple[list[Any], Tensors]:
     """Where such passes wait to be played, and ``given`` as they need it."""
-    shelf = program.passes.get(_key(kernel, call, given))
+    shelf = program.passes.get(_key(kernel, call, given, wide_keys))
     if shelf is None:
         given = [_regular(x) if x.ndim == 4 else x for x in given]  # lse, of three dimensions, is our own
         if len(program.passes) >= _GEOMETRIES:
             program.passes.clear()
-        shelf = program.passes.setdefault(_key(kernel, call, given), [])
+        shelf = program.passes.setdefault(_key(kernel, call, given, wide_keys), [])
     return shelf, given
 
 
@@ -343,17 +346,20 @@ def backward_pass(
     comm: Communicator,
     kernel: Kernel,
     call: Call,
+    *,
+    wide_keys: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype."""
+    """The backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype; with ``wide_keys``, dk
+    and dv in the accumulator dtype, for who adds something to them."""
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
     program = plan.program(True, comm.local_ranks)
-    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out))
+    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), wide_keys)
     try:
         played: Backward = shelf.pop()
     except IndexError:
-        played = Backward(plan, program, kernel, call, given)
+        played = Backward(plan, program, kernel, call, given, wide_keys)
     result = played.play(comm, dlse, *given)
     shelf.append(played)
     return result

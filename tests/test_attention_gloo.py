@@ -216,12 +216,12 @@ def test_absent_peer_is_named():
 def test_handshake_fields_cover_the_call():
     """A new argument of Call cannot be forgotten in the comparison."""
     from seqpar_attn import kernels
-    from seqpar_attn.autograd import _describe
+    from seqpar_attn.autograd import describe
     from seqpar_attn.validation import Call
 
     call = Call("ring", "pull", "zigzag", True, None, None, None, 1.0, "auto", False)
     x = torch.zeros(1, 2, 1, 8)
-    described = _describe(x, x, call, kernels.get("reference"))
+    described = describe(x, x, call, kernels.get("reference"))
     assert {f.name for f in dataclasses.fields(Call)} <= described.keys()
     # Accumulators travel in a kernel's own form, so ranks for which "auto" chose different ones must not go on.
-    assert described["chosen backend"] == "reference (ReferenceKernel)" != _describe(x, x, call, None)["chosen backend"]
+    assert described["chosen backend"] == "reference (ReferenceKernel)" != describe(x, x, call, None)["chosen backend"]

@@ -15,7 +15,14 @@ from seqpar_attn.layout import Contiguous, Striped, Zigzag, gather, get_layout
 from seqpar_attn.testing import run_ranks
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
-layouts = st.builds(get_layout, st.sampled_from(LAYOUTS), st.integers(1, 9))
+plain = st.builds(get_layout, st.sampled_from(LAYOUTS), st.integers(1, 9))
+nested = st.builds(
+    lambda outer, rows, parts: get_layout(f"{outer}/{parts}", rows * parts),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+layouts = plain | nested
 IGNORE = -100
 
 
@@ -59,7 +66,10 @@ def test_shapes_of_the_layouts():
     assert [Striped(2).positions(r, 6).tolist() for r in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
     assert [Contiguous(2).positions(r, 6).tolist() for r in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
     assert [[s.length for s in spans] for spans in Contiguous(2).chunks(6)] == [[2, 1], [2, 1]]
+    grid = get_layout("zigzag/2", 4)
+    assert [grid.positions(r, 8).tolist() for r in range(4)] == [[0, 1], [6, 7], [2, 3], [4, 5]]
     assert [layout(3).multiple for layout in (Zigzag, Contiguous, Striped)] == [6, 3, 3]
+    assert [get_layout(*args).multiple for args in (("zigzag/2", 4), ("zigzag/3", 6), ("striped/2", 6))] == [4, 12, 6]
 
 
 @given(layouts, st.integers(1, 6), st.integers(1, 3), st.sampled_from([(0, 1), (1, 2), (-1, 2), (2, 3), (-2, 3)]))
@@ -214,6 +224,11 @@ IDS = torch.arange(12)[None]
     ("call", "message"),
     [
         (lambda: get_layout("ring", 2), "expected one of .*'zigzag'.* got 'ring'"),
+        (lambda: get_layout("zigzag/x", 2), "expected one of .*'zigzag'.* got 'zigzag/x'"),
+        (
+            lambda: get_layout("zigzag/3", 4),
+            "expected a number of parts that divides world_size 4, got layout 'zigzag/3'",
+        ),
         (lambda: get_layout("zigzag", 0), "expected world_size >= 1, got 0"),
         (
             lambda: Zigzag(4).chunks(13),

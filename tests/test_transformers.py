@@ -31,15 +31,16 @@ def pool(request):
 def sharded(rank, world_size, families, method, documents, checkpoints):
     """Per family: logits of the whole sequence, loss and gradients summed over ranks."""
     results = []
+    group = torch.distributed.init_device_mesh("cpu", (2, world_size // 2)) if method == "usp" else None
     for family in families:
         model = build(family)
-        enabled = enable(model, method=method, backend="reference")
+        enabled = enable(model, group, method=method, backend="reference")
         if checkpoints == "library":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif checkpoints == "memory":
             memory.apply(model, attention="offload", activations="offload", tile_mlp=None if "gpt" in family else 5)
         layout = enabled.settings.layout
-        batch = seqpar_attn.shard_batch(ids(), cu_seqlens=documents, layout=layout)
+        batch = seqpar_attn.shard_batch(ids(), cu_seqlens=documents, layout=layout, group=group)
         packed = {} if documents is None else {"cu_seqlens": batch.cu_seqlens}
         result = model(
             input_ids=batch.input_ids,
@@ -54,7 +55,7 @@ def sharded(rank, world_size, families, method, documents, checkpoints):
         loss, found = result.loss.detach().clone(), gradients(model)
         for x in (loss, *found.values()):
             torch.distributed.all_reduce(x)
-        logits = seqpar_attn.gather(result.logits.detach(), layout=layout)
+        logits = seqpar_attn.gather(result.logits.detach(), layout=layout, group=group)
         results.append((logits, loss.item(), found) if rank == 0 else None)
     return results
 
@@ -75,6 +76,26 @@ def expected(family, documents):
 def test_as_on_one_device(pool, method, documents, checkpoints):
     if checkpoints != "none" and pool.world_size != 2:
         pytest.skip("two ranks suffice")
+    compare(pool, method, documents, checkpoints)
+
+
+EXCHANGES = [
+    (2, "ulysses", DOCUMENTS, "memory"),
+    (4, "ulysses", None, "none"),  # more ranks than key heads
+    (4, "usp", DOCUMENTS, "none"),
+    (4, "usp", None, "library"),
+]
+
+
+def test_exchanging_heads(pool):
+    cases = [case[1:] for case in EXCHANGES if case[0] == pool.world_size]
+    if not cases:
+        pytest.skip("heads that this number of ranks does not divide")
+    for case in cases:
+        compare(pool, *case)
+
+
+def compare(pool, method, documents, checkpoints):
     results = pool.run(sharded, FAMILIES, method, documents, checkpoints)[0]
     for family, (logits, loss, found) in zip(FAMILIES, results):
         true_logits, true_loss, true_gradients = expected(family, documents)
@@ -96,11 +117,12 @@ def complaint(call):
     return "no error"
 
 
-def wrong_calls(rank, world_size):
+def wrong_calls(rank, world_size, method):
     """Faults of rank 1 only; every rank must hear of them."""
     model = build("llama")
-    enable(model, backend="reference")
-    batch = seqpar_attn.shard_batch(ids())
+    group = torch.distributed.init_device_mesh("cpu", (2, 2)) if method == "usp" else None
+    layout = enable(model, group, method=method, backend="reference").settings.layout
+    batch = seqpar_attn.shard_batch(ids(), layout=layout, group=group)
     good = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     faults = {
         "padding": {"attention_mask": torch.arange(batch.input_ids.shape[1])[None] > 2},
@@ -118,19 +140,24 @@ def wrong_calls(rank, world_size):
     return found
 
 
-def test_a_fault_of_one_rank_is_an_error_on_all():
+WHERE = {2: ("ring", "zigzag layout, [12, 13, ..., 35]"), 4: ("usp", "zigzag/2 layout, [36, 37, ..., 47]")}
+
+
+def test_a_fault_of_one_rank_is_an_error_on_all(pool):
+    if pool.world_size not in WHERE:
+        pytest.skip("no method for it")
+    method, positions = WHERE[pool.world_size]
     messages = {
         "padding": "expected no padding in attention_mask, got some",
         "no positions": "expected position_ids of this rank's shard",
         "no positions, no head": "expected position_ids of this rank's shard",
-        "unsharded positions": "expected position_ids of rank 1's shard in the zigzag layout, [12, 13, ..., 35]",
+        "unsharded positions": f"expected position_ids of rank 1's shard in the {positions}",
         "labels": "expected shift_labels besides labels",
         "cu_seq_lens_q": "expected cu_seqlens, the boundaries of the whole sequence's documents",
     }
-    with RankPool(2, timeout=60) as pool:
-        for found in pool.run(wrong_calls):
-            for name, message in messages.items():
-                assert message in found[name], (name, found[name])
+    for found in pool.run(wrong_calls, method):
+        for name, message in messages.items():
+            assert message in found[name], (name, found[name])
 
 
 def test_virtual_ranks_and_disable():
@@ -147,14 +174,32 @@ def test_virtual_ranks_and_disable():
             input_ids=batch.input_ids[:, :30], position_ids=batch.position_ids[:, :30], use_cache=True
         ).past_key_values
         model(input_ids=batch.input_ids[:, 30:33], past_key_values=cache)
+    enabled = enable(model, group, backend="reference")  # once more, with other settings
+    assert enabled.settings.layout == "zigzag"
+    with enabled.paused():
+        assert torch.equal(model(input_ids=ids(), use_cache=False).logits, whole)
+    batch = seqpar_attn.shard_batch(ids(), group=group)
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    logits = seqpar_attn.gather(logits, "zigzag", group)
+    torch.testing.assert_close(logits, whole, rtol=TOLERANCE, atol=TOLERANCE)
     enabled.disable()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model(input_ids=ids(), use_cache=False).logits, whole)
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="expected method to be one of 'ring', 'dist_flash', got 'ulysses'"):
-        enable(build("llama"), method="ulysses")
+    with pytest.raises(ValueError, match=r"expected method to be one of 'ring', .*, got 'spiral'"):
+        enable(build("llama"), method="spiral")
+    with pytest.raises(ValueError, match=r"expected a mesh of two dimensions .* for method 'usp', got None"):
+        enable(build("llama"), method="usp")
+    with pytest.raises(ValueError, match="expected one group for method 'ring', got"):
+        enable(build("llama"), (seqpar_attn.LoopbackGroup(2), seqpar_attn.LoopbackGroup(2)))
+    with pytest.raises(ValueError, match="expected no transfer for method 'ulysses', got 'ring'"):
+        enable(build("llama"), method="ulysses", transfer="ring")
+    model = build("llama")
+    enable(model, seqpar_attn.LoopbackGroup(3), method="ulysses")
+    with pytest.raises(ValueError, match="expected nheads divisible by the 3 ranks that exchange heads, got 4"):
+        model(input_ids=ids(), use_cache=False)
     with pytest.raises(ValueError, match="expected a transformers model, got Linear"):
         enable(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="layout"):

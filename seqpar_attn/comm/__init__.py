@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .base import CommunicationError, Communicator, Message
+from .base import CommunicationError, Communicator, Message, agree
 from .loopback import Loopback, LoopbackGroup
 from .p2p import P2P
 
@@ -22,6 +22,7 @@ __all__ = [
     "Loopback",
     "LoopbackGroup",
     "Message",
+    "agree",
     "communicator",
     "group_name",
 ]

@@ -61,3 +61,15 @@ def compare(descriptions: Sequence[Mapping[str, object]], errors: Sequence[str |
                 raise ValueError(
                     f"expected the same {name} on every rank, got {first} on rank 0 and {other} on rank {rank}"
                 )
+
+
+def agree(comms: Sequence[Communicator], fields: Mapping[str, object], error: Exception | None) -> None:
+    """``Communicator.agree`` of all ranks of a grid, given this rank's group along each dimension, in one order
+    everywhere. A complaint in a group is handed on to the next ones, so that it reaches every rank."""
+    for comm in comms:
+        try:
+            comm.agree(fields, error)
+        except ValueError as complaint:
+            error = complaint
+    if error is not None:
+        raise error

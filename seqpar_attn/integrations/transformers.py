@@ -20,17 +20,18 @@ shard, a key-value cache, attention dropout) is a ValueError that says what to d
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..api import dist_flash_attention, ring_attention
-from ..comm import Group, communicator, group_name
-from ..layout import get_layout
+from ..api import Grid, dist_flash_attention, ring_attention, ulysses_attention, usp_attention
+from ..comm import Group, agree, communicator, group_name
+from ..layout import get_layout, grid_of, holds_all, resolve_group
 
 NAME = "seqpar"
 """Of the registered attention. The library gives names with "flash" in them a meaning of their own."""
@@ -38,33 +39,61 @@ NAME = "seqpar"
 _METHODS: dict[str, tuple[Callable[..., Any], str]] = {
     "ring": (ring_attention, "zigzag"),
     "dist_flash": (dist_flash_attention, "contiguous"),
+    "ulysses": (ulysses_attention, "contiguous"),
+    "usp": (usp_attention, "zigzag"),
 }
 """The function, and the layout that it takes if none is given."""
 
-_KEY = "_seqpar_attn_settings"
+_KEY, _HANDLE = "_seqpar_attn_settings", "_seqpar_attn_enabled"
+"""Where modules keep their settings, and a model what ``enable`` returned."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the attention of a model is computed; see :func:`enable`."""
 
-    group: Group
+    group: Group | Grid
     method: str
     layout: str
+    """Of what a rank holds, as ``shard_batch`` takes it; of a grid "zigzag/2"."""
     options: dict[str, Any]
+    """For the attention function."""
 
-    def place(self, device: torch.device) -> tuple[int, int]:
+    @property
+    def place(self) -> tuple[int, int]:
         """(rank, world size); of virtual ranks, which one process holds all of, the world is one rank."""
-        comm = communicator(group_name(self.group), device)
-        ranks = comm.local_ranks
-        return (ranks[0], comm.world_size) if len(ranks) == 1 else (0, 1)
+        return (0, 1) if holds_all(self.group) else resolve_group(self.group)[:2]
+
+    def refuse(self, device: torch.device, message: str) -> NoReturn:
+        """ValueError here, and on the other ranks, which wait for this one in their first attention."""
+        grid = grid_of(self.group)
+        groups: list[Any] = [self.group] if grid is None else [grid[1], grid[0]]  # as attention does: Ulysses first
+        error = ValueError(message)
+        agree([communicator(group_name(group), device) for group in groups], {}, error)
+        raise error
 
 
 class Enabled:
     """Sequence-parallel attention in a model, until ``disable``."""
 
-    def __init__(self, model: Any, settings: Settings, before: str, hooks: list[Any]):
-        self.model, self.settings, self._before, self._hooks = model, settings, before, hooks
+    def __init__(self, model: Any, settings: Settings):
+        self.model, self.settings, self._before = model, settings, model.config._attn_implementation
+        self._hooks: list[Any] = []
+        self._install()
+
+    def _install(self) -> None:
+        model, settings = self.model, self.settings
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"expected a model whose attention can be chosen (one that follows transformers' attention interface), "
+                f"got {type(model).__name__}"
+            )
+        for module in model.modules():
+            module.__dict__[_KEY] = settings
+        model.__dict__[_HANDLE] = self
+        checks = [(model, _check_labels), (getattr(model, "base_model", model), _CheckTokens(settings))]
+        self._hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module, check in checks]
 
     def disable(self) -> None:
         """The attention that the model had before."""
@@ -72,12 +101,34 @@ class Enabled:
             hook.remove()
         for module in self.model.modules():
             module.__dict__.pop(_KEY, None)
+        self.model.__dict__.pop(_HANDLE, None)
         self.model.set_attn_implementation(self._before)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it the model is on one device, with the attention that it had before."""
+        self.disable()
+        for module in self.model.modules():
+            module.__dict__[_KEY] = None  # so that nobody takes it for one that was never enabled
+        try:
+            yield
+        finally:
+            self._install()
+
+
+def has_settings(module: nn.Module) -> bool:
+    """Whether ``enable`` was called for a model with this module (and it is paused, at most)."""
+    return _KEY in module.__dict__
+
+
+def enabled(model: Any) -> Enabled | None:
+    """What ``enable`` returned for this model, or for one that is inside it; None without ``enable``."""
+    return next((module.__dict__[_HANDLE] for module in model.modules() if _HANDLE in module.__dict__), None)
 
 
 def enable(
     model: Any,
-    group: Group = None,
+    group: Group | Grid = None,
     *,
     method: str = "ring",
     layout: str | None = None,
@@ -96,38 +147,42 @@ def enable(
     Args:
         model: a transformers model whose attention goes through its attention registry (Llama, Mistral, Qwen2, Qwen3,
             Gemma2, Phi3, GPT-OSS and most others).
-        group: a ProcessGroup, one dimension of a DeviceMesh, None (the default group), or a LoopbackGroup.
-        method: "ring" or "dist_flash".
-        layout: which tokens a rank holds; by default "zigzag" for a ring and "contiguous" for dist_flash.
-        backend, deterministic, transfer: see :func:`seqpar_attn.ring_attention`.
+        group: a ProcessGroup, one dimension of a DeviceMesh, None (the default group), or a LoopbackGroup; for "usp" a
+            mesh of two dimensions (ring, Ulysses) or a pair of groups, see :func:`seqpar_attn.usp_attention`.
+        method: "ring", "dist_flash", "ulysses" or "usp".
+        layout: how the sequence is split over the ranks (over the ring of "usp"); by default "zigzag" for "ring" and
+            "usp", "contiguous" for the others. What ``shard_batch`` takes is the handle's ``settings.layout``: for
+            "usp" with rows of two ranks "zigzag/2".
+        backend, deterministic, transfer: see :func:`seqpar_attn.ring_attention`; Ulysses has no ``transfer``.
 
     Returns:
-        A handle whose ``disable()`` undoes this.
+        A handle whose ``disable()`` undoes this. A model that is enabled already gets the new settings.
 
     Raises:
-        ValueError: not a transformers model, or one that cannot change its attention; an unknown method or layout. When
-            the model is called: see the module's documentation.
+        ValueError: not a transformers model, or one that cannot change its attention; an unknown method or layout; a
+            group that is not the method's. When the model is called: see the module's documentation, and for "ulysses"
+            and "usp" a number of heads that the ranks which exchange them do not divide.
     """
     if method not in _METHODS:
         raise ValueError(f"expected method to be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     chosen = layout or _METHODS[method][1]
     get_layout(chosen, 1)  # an unknown one is named here
+    grid = grid_of(group)
+    if (grid is not None) != (method == "usp"):
+        kind = "a mesh of two dimensions (ring, Ulysses) or a pair of groups" if method == "usp" else "one group"
+        raise ValueError(f"expected {kind} for method {method!r}, got {group!r}")
+    options = dict(layout=chosen, backend=backend, deterministic=deterministic)
+    if method != "ulysses":
+        options["transfer"] = transfer
+    elif transfer != "pull":
+        raise ValueError(f"expected no transfer for method 'ulysses', got {transfer!r}")
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         raise ValueError(f"expected a transformers model, got {type(model).__name__}")
     _register()
-    settings = Settings(group, method, chosen, dict(backend=backend, deterministic=deterministic, transfer=transfer))
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise ValueError(
-            f"expected a model whose attention can be chosen (one that follows transformers' attention interface), "
-            f"got {type(model).__name__}"
-        )
-    for module in model.modules():
-        module.__dict__[_KEY] = settings
-    checks = [(model, _check_labels), (getattr(model, "base_model", model), _CheckTokens(settings))]
-    hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module, check in checks]
-    return Enabled(model, settings, before, hooks)
+    while (old := enabled(model)) is not None:
+        old.disable()
+    whole = chosen if grid is None else f"{chosen}/{resolve_group(grid[1])[1]}"
+    return Enabled(model, Settings(group, method, whole, options))
 
 
 def _register() -> None:
@@ -135,13 +190,6 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-
-
-def _refuse(settings: Settings, device: torch.device, message: str) -> NoReturn:
-    """ValueError here, and on the other ranks, which wait for this one in their first attention."""
-    error = ValueError(message)
-    communicator(group_name(settings.group), device).agree({}, error)
-    raise error
 
 
 _PADDING = (
@@ -154,9 +202,8 @@ def _check_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Of a model with a head: labels must not be shifted inside the shard."""
     labels = kwargs.get("labels")
     settings: Settings = module.__dict__[_KEY]
-    if labels is not None and kwargs.get("shift_labels") is None and settings.place(labels.device)[1] > 1:
-        _refuse(
-            settings,
+    if labels is not None and kwargs.get("shift_labels") is None and settings.place[1] > 1:
+        settings.refuse(
             labels.device,
             "expected shift_labels besides labels, both as shard_batch returns them, got labels only: the model would "
             "shift them inside the shard and lose one at every border",
@@ -175,11 +222,11 @@ class _CheckTokens:
         tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if tokens is None:
             return
-        refuse = functools.partial(_refuse, self.settings, tokens.device)
+        refuse = functools.partial(self.settings.refuse, tokens.device)
         padding = kwargs.get("attention_mask")
         if isinstance(padding, torch.Tensor) and not bool(padding.all()):
             refuse(_PADDING)
-        rank, world_size = self.settings.place(tokens.device)
+        rank, world_size = self.settings.place
         if world_size == 1:
             return
         positions = kwargs.get("position_ids")
@@ -244,7 +291,7 @@ def attention(
     elif key.shape[2] != query.shape[2]:
         wrong = f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}: pass use_cache=False"
     if wrong is not None:
-        _refuse(settings, query.device, wrong)
+        settings.refuse(query.device, wrong)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     function = _METHODS[settings.method][0]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -253,7 +300,6 @@ def attention(
         k,
         v,
         group=settings.group,
-        layout=settings.layout,
         causal=causal,
         window_size=sliding_window,
         cu_seqlens=cu_seqlens,

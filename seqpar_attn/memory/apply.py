@@ -76,9 +76,9 @@ def apply(
     """Checkpoint every block of ``model``, a decoder of Hugging Face or any other whose attention is this package's.
 
     In the backward pass a block's forward runs again. What its attention calls had computed, ``(out, lse)``, is
-    taken from where it was kept: neither their kernels nor their transfers run twice. Per block and token of a
-    bfloat16 model that is ``2 * nheads * headdim + 4 * nheads`` bytes, and its input ``2 * hidden_size`` bytes. Nothing
-    happens where no gradients are computed.
+    taken from where it was kept: neither their kernels nor their transfers run twice (but Ulysses exchanges heads once
+    more, for its backward pass). Per block and token of a bfloat16 model that is ``2 * nheads * headdim + 4 * nheads``
+    bytes, and its input ``2 * hidden_size`` bytes. Nothing happens where no gradients are computed.
 
     Args:
         model: its blocks get another ``forward`` (parameters, their names and FSDP2's wrapping stay as they are, in
