@@ -130,6 +130,11 @@ def enable(
     return Enabled(model, settings, before, hooks)
 
 
+def settings_of(model: nn.Module) -> Settings | None:
+    """What ``enable`` was called with; None without it."""
+    return model.__dict__.get(_KEY)
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
