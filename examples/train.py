@@ -62,6 +62,10 @@ class Trainer:
         ranks.agree("options", settings)
         found = ranks.on_first(lambda: checkpoint.begin(args.output_dir, settings, args.resume))
         self.windows = prepare_data(args, ranks)
+        tokenizer: list[Any] = []  # the first rank's; asked for now, so that its lack is no surprise in the end
+        if not args.no_final:
+            ranks.on_first(lambda: tokenizer.append(tokenizer_of(args.tokenizer)))
+        self.tokenizer = tokenizer[0] if tokenizer else None
         self.model, self.enabled = build(args, self.config, ranks)
         self.parameters = parameters_in_products(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -72,7 +76,7 @@ class Trainer:
             fused=ranks.device.type == "cuda",
         )
         self.done = 0 if found is None else checkpoint.load(found, self.model, self.optimizer)
-        self.peak = peak_flops(ranks.device, args.peak_tflops) * ranks.world_size
+        self.peak = peak_flops(ranks.device, args.peak_tflops)
 
     def micro_step(self, first: int, labels: int, clock: Clock) -> tuple[torch.Tensor, float]:
         """Forward and backward of one batch of this data-parallel rank; its part of the loss, and its FLOPs."""
@@ -133,7 +137,8 @@ class Trainer:
             if not math.isfinite(loss):
                 raise ValueError(f"expected a finite loss, got {loss} in step {number + 1}")
             seconds = clock.seconds
-            meter.step(number + 1, loss, tokens, seconds, work / seconds / self.peak, norm, lr)
+            mfu = None if self.peak is None else work / seconds / self.peak / ranks.world_size
+            meter.step(number + 1, loss, tokens, seconds, mfu, norm, lr)
             clock.lap("report")
             clock.stop()
             last = number + 1 == args.max_train_steps
@@ -143,8 +148,7 @@ class Trainer:
         if args.profile_overhead and ranks.first:
             print(clock.summary())
         if not args.no_final:
-            tokenizer = tokenizer_of(args.tokenizer) if ranks.first else None
-            save(args.output_dir / "final", self.model, self.config, tokenizer, torch.bfloat16, ranks)
+            save(args.output_dir / "final", self.model, self.config, self.tokenizer, torch.bfloat16, ranks)
 
 
 def main(argv: list[str] | None = None) -> None:

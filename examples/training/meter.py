@@ -80,7 +80,9 @@ class Meter:
 
             self.tracker = wandb.init(project=name, dir=str(folder))
 
-    def step(self, number: int, loss: float, tokens: int, seconds: float, mfu: float, norm: float, lr: float) -> None:
+    def step(
+        self, number: int, loss: float, tokens: int, seconds: float, mfu: float | None, norm: float, lr: float
+    ) -> None:
         """Step ``number`` (from 1) is done."""
         if not self._show:
             return
@@ -88,14 +90,13 @@ class Meter:
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "tokens_per_second": tokens / seconds,
-            "mfu": mfu,
             "gigabytes": memory(),
             "gradient_norm": norm,
             "learning_rate": lr,
-        }
+        } | ({} if mfu is None else {"mfu": mfu})
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, ppl {values['perplexity']:.2f}, {tokens / seconds:.0f} tokens/s, "
-            f"MFU {100 * mfu:.1f}%, {values['gigabytes']:.1f} GB",
+            f"{'' if mfu is None else f'MFU {100 * mfu:.1f}%, '}{values['gigabytes']:.1f} GB",
             refresh=False,
         )
         self._bar.update()
@@ -128,9 +129,9 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def peak_flops(device: torch.device, given: float | None) -> float:
-    """FLOP/s of one device for MFU; without a GPU and without ``given`` (TFLOP/s) not a number."""
+def peak_flops(device: torch.device, given: float | None) -> float | None:
+    """FLOP/s of one device for MFU; None without ``given`` (TFLOP/s) on a device that is not known."""
     if given is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         given = next((peak for key, peak in PEAKS.items() if key in name), None)
-    return math.nan if given is None else given * 1e12
+    return None if given is None else given * 1e12

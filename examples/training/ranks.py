@@ -87,19 +87,17 @@ def launched(sequence_parallel: int | None, virtual_ranks: int | None) -> Iterat
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh(device.type, (world_size // split, split), mesh_dim_names=("data", "sequence"))
-        yield Ranks(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=world_size,
-            data_rank=mesh.get_local_rank("data"),
-            data_size=world_size // split,
-            sequence_size=virtual_ranks or split,
-            sequence=mesh["sequence"] if split > 1 else seqpar_attn.LoopbackGroup(virtual_ranks or 1),
-            everyone=init_device_mesh(device.type, (world_size,)),
-            host=dist.new_group(backend="gloo", timeout=timedelta(hours=12)),
-        )
-    finally:
-        if mine:
-            dist.destroy_process_group()
+    mesh = init_device_mesh(device.type, (world_size // split, split), mesh_dim_names=("data", "sequence"))
+    yield Ranks(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_rank=mesh.get_local_rank("data"),
+        data_size=world_size // split,
+        sequence_size=virtual_ranks or split,
+        sequence=mesh["sequence"] if split > 1 else seqpar_attn.LoopbackGroup(virtual_ranks or 1),
+        everyone=init_device_mesh(device.type, (world_size,)),
+        host=dist.new_group(backend="gloo", timeout=timedelta(hours=12)),
+    )
+    if mine:  # not after an error: other ranks may be in the middle of something
+        dist.destroy_process_group()

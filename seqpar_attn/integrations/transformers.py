@@ -252,6 +252,9 @@ def attention(
         _refuse(settings, query.device, wrong)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     function = _METHODS[settings.method][0]
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse = function(
         q,
