@@ -25,16 +25,15 @@ from training.meter import Clock, Meter, peak_flops
 from training.model import build, configuration, flops, parameters_in_products, save
 from training.options import identity, parse
 from training.ranks import Ranks, launched
-from training.sources import documents, tokenizer_of
+from training.sources import documents, sizes, tokenizer_of
 
 import seqpar_attn
 
 
-def prepare_data(args: argparse.Namespace, ranks: Ranks) -> Windows:
+def prepare_data(args: argparse.Namespace, name: str, ranks: Ranks) -> Windows:
     """Tokens are written by the first rank, and mapped by all: the folder is one that all can read."""
 
     def tokenized() -> Path:
-        name = cache_name(dataset=args.dataset, split=args.split, tokenizer=args.tokenizer, sft=args.sft)
         write(
             args.cache_dir / name, documents(args.dataset, args.split, args.sft, lambda: tokenizer_of(args.tokenizer))
         )
@@ -58,10 +57,12 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
         self.args, self.ranks = args, ranks
         self.config = ranks.on_first(lambda: configuration(args))
-        settings = identity(args, ranks.data_size, self.config)
+        source = {name: getattr(args, name) for name in ("dataset", "split", "tokenizer", "sft")}
+        tokens = ranks.on_first(lambda: cache_name(**source, files=sizes(args.dataset)))
+        settings = {**identity(args, ranks.data_size, self.config), "tokens": tokens}
         ranks.agree("options", settings)
         found = ranks.on_first(lambda: checkpoint.begin(args.output_dir, settings, args.resume))
-        self.windows = prepare_data(args, ranks)
+        self.windows = prepare_data(args, tokens, ranks)
         tokenizer: list[Any] = []  # the first rank's; asked for now, so that its lack is no surprise in the end
         if not args.no_final:
             ranks.on_first(lambda: tokenizer.append(tokenizer_of(args.tokenizer)))

@@ -67,8 +67,14 @@ def run(rank, world_size, words):
     main(words)
 
 
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+def losses(out, name="loss"):
+    return [json.loads(line)[name] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(out, expected):
+    """AdamW would not notice gradients that are all too large by one factor, so their norms count, too."""
+    for name in ("loss", "gradient_norm"):
+        assert losses(out, name) == pytest.approx(losses(expected, name), rel=1e-4), name
 
 
 KINDS = {
@@ -87,14 +93,36 @@ def test_ranks_train_as_one_process(pool, home, tmp_path, kind):
     run(0, 1, arguments(home, tmp_path / "one", **changed))
     expected = losses(tmp_path / "one")
     pool.run(run, arguments(home, tmp_path / "two", **changed))
-    assert losses(tmp_path / "two") == pytest.approx(expected, rel=2e-5)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
     assert len(set(expected)) == len(expected) == 4 and expected[-1] < expected[0]
     if kind == "text":  # the same windows per step, by two data-parallel ranks, and by two virtual ranks
         halved = {"gradient-accumulate-every": 1, "parallel-mode": "data_parallel"}
         pool.run(run, arguments(home, tmp_path / "data", **halved))
         run(0, 1, arguments(home, tmp_path / "virtual", **{"virtual-ranks": 2}))
-        assert losses(tmp_path / "data") == pytest.approx(expected, rel=2e-5)
-        assert losses(tmp_path / "virtual") == pytest.approx(expected, rel=2e-5)
+        assert_same_training(tmp_path / "data", tmp_path / "one")
+        assert_same_training(tmp_path / "virtual", tmp_path / "one")
+
+
+def test_fine_tuning_starts_from_the_loss_of_every_conversation_by_itself(pool, home, tmp_path):
+    """All windows in one step: the mean over the answers' tokens, whatever is packed with what on which rank."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows = [json.loads(line)["messages"] for line in (home / "chat.jsonl").read_text().splitlines()]
+    talks = [sources.conversation(row, sources.Bytes()) for row in rows]
+    found = windows(tmp_path / "x", talks, 128, separate=True, whole=True)
+    changed = {"dataset": home / "chat.jsonl", "gradient-accumulate-every": len(found), "max-train-steps": 1}
+    pool.run(run, arguments(home, tmp_path / "out", **KINDS["sft"] | changed))
+
+    config = AutoConfig.from_pretrained(home / "model", max_position_embeddings=128)
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 5e4}
+    torch.manual_seed(42)
+    model, total, count = AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 0.0, 0
+    for ids, learned in talks:
+        tokens = torch.tensor(ids.tolist())[None]
+        labels = tokens.masked_fill(~torch.tensor(learned)[None], -100)
+        total += model(input_ids=tokens, labels=labels, num_items_in_batch=1).loss.item()
+        count += int((labels[:, 1:] != -100).sum())
+    assert len(found) > 2 and losses(tmp_path / "out") == pytest.approx([total / count], rel=1e-5)
 
 
 def test_resumed_training_is_the_same_bit_for_bit(pool, home, tmp_path):
@@ -140,7 +168,12 @@ def test_bad_input_is_a_value_error_on_every_rank(pool, home, tmp_path):
     run(0, 1, arguments(home, done, **{"max-train-steps": 1, "no-final": False}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("x")
+    moved = home / "moving.txt"
+    moved.write_text("a text that grows " * 20)
+    run(0, 1, arguments(home, tmp_path / "moved", **{"dataset": moved, "max-train-steps": 1}))
+    moved.write_text("a text that grows " * 30)
     cases = {
+        "'tokens': 'tokens-": {"resume": True, "dataset": moved, "output-dir": tmp_path / "moved"},
         "expected --rope-theta, the base, with --rope-factor": {"rope-theta": None, "rope-factor": 4.0},
         "expected the configuration that": {"resume": True, "seq-length": 64, "output-dir": done},
         "expected --resume or an --output-dir without checkpoints": {"output-dir": done},

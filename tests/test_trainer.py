@@ -53,7 +53,7 @@ def as_rank(rank, world_size):
     accelerate.state.GradientState._reset_state()
 
 
-def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, **options):
+def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, linear=False, **options):
     from transformers import TrainingArguments
 
     from seqpar_attn.integrations.accelerate import SequenceParallelConfig
@@ -81,8 +81,13 @@ def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, **o
         optim="adamw_torch",
         **options,
     )
+    model = build(family)
+    if linear:
+        from seqpar_attn.integrations.linear_loss import use_linear_loss
+
+        use_linear_loss(model)
     return SequenceParallelTrainer(
-        build(family),
+        model,
         arguments,
         train_dataset=Rows(rows, kind),
         eval_dataset=Rows(5, kind),
@@ -92,10 +97,11 @@ def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, **o
 
 
 def trained(rank, world_size, out, *arguments):
-    trainer = trainer_of(rank, world_size, out, *arguments)
+    trainer = trainer_of(rank, world_size, out, *arguments, linear=arguments[0] == "packed")
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    # AdamW would not notice gradients that are all too large by one factor, so their norms are compared, too.
+    losses = [(x["loss"], x["grad_norm"]) for x in trainer.state.log_history if "loss" in x]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.save_model(out)  # with its arguments, a mesh among them
     assert os.path.exists(os.path.join(out, "model.safetensors")) or rank > 0
@@ -105,7 +111,9 @@ def trained(rank, world_size, out, *arguments):
 def assert_same_training(results, expected):
     for before, losses, after, weights in results:
         true_before, true_losses, true_after, true_weights = expected
-        assert losses == pytest.approx(true_losses, rel=1e-5) and len(losses) == STEPS
+        assert len(losses) == STEPS
+        for step, true_step in zip(losses, true_losses):
+            assert step == pytest.approx(true_step, rel=1e-5)
         assert before == pytest.approx(true_before, rel=1e-6) and after == pytest.approx(true_after, rel=1e-5)
         assert before != pytest.approx(after, rel=1e-3)
         for name, x in true_weights.items():
@@ -173,6 +181,15 @@ def complaints(rank, world_size, out):
             found[name] = "no error"
         except ValueError as error:
             found[name] = str(error)
+    from accelerate import Accelerator
+
+    from seqpar_attn.integrations.accelerate import SequenceParallelConfig
+
+    as_rank(rank, world_size)
+    try:
+        Accelerator(cpu=True, parallelism_config=SequenceParallelConfig(cp_size=3))
+    except ValueError as error:
+        found["mesh"] = str(error)
     found["good"] = int(trainer._get_num_items_in_batch([good, good], torch.device("cpu")))
     return found
 
@@ -190,6 +207,7 @@ def test_a_bad_batch_of_one_rank_is_an_error_on_all(pool, tmp_path):
         assert message in second[name] and "got others on ranks [1]" in first[name], (name, first[name], second[name])
     for found in (first, second):
         assert "expected the same batch on all ranks that share a sequence" in found["other tokens"]
+        assert "cp_size to be the number of processes, 2, got 1 x 1 x 3" in found["mesh"]
     assert first["good"] == second["good"] == 2 * int((Rows(1, "plain")[0]["labels"][1:] != -100).sum())
 
 

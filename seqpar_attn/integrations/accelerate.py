@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -60,12 +61,19 @@ class SequenceParallelConfig(ParallelismConfig):
     def dp_cp_dim_names(self) -> list[str]:
         return self._with_cp(list(self.dp_dim_names))
 
+    def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
+        self._check_size(dist.get_world_size() if dist.is_initialized() else 1)
+        return super().build_device_mesh(device_type)
+
     def _validate_accelerator(self, accelerator: Any) -> None:
         """What accelerate calls when it has made the mesh. Its own version refuses a mesh without a GPU."""
-        if self.total_size != accelerator.num_processes:
+        self._check_size(accelerator.num_processes)
+
+    def _check_size(self, processes: int) -> None:
+        if self.total_size != processes:
             raise ValueError(
-                f"expected dp_replicate_size x dp_shard_size x cp_size to be the number of processes, "
-                f"{accelerator.num_processes}, got {self.dp_replicate_size} x {self.dp_shard_size} x {self.cp_size}"
+                f"expected dp_replicate_size x dp_shard_size x cp_size to be the number of processes, {processes}, "
+                f"got {self.dp_replicate_size} x {self.dp_shard_size} x {self.cp_size}"
             )
 
 

@@ -92,7 +92,7 @@ def use_linear_loss(model: Any, *, logits_bytes: int = 512 << 20) -> LinearLoss:
         if num_items_in_batch is None:
             settings = settings_of(model)
             group = LoopbackGroup(1) if settings is None else settings.group
-        loss = linear_cross_entropy(
+        loss: Any = linear_cross_entropy(
             hidden,
             weight,
             shift_labels,
