@@ -36,7 +36,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     config = LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder / "model")
     (folder / "text").mkdir()
@@ -95,6 +96,10 @@ def test_ranks_train_as_one_process(pool, home, tmp_path, kind):
     pool.run(run, arguments(home, tmp_path / "two", **changed))
     assert_same_training(tmp_path / "two", tmp_path / "one")
     assert len(set(expected)) == len(expected) == 4 and expected[-1] < expected[0]
+    if kind == "pose":  # positions matter, to the model and nobody else
+        without = {"pose-context": None, "pose-chunks": None, "max-train-steps": 1}
+        run(0, 1, arguments(home, tmp_path / "without", **changed | without))
+        assert losses(tmp_path / "without")[0] != pytest.approx(expected[0], rel=1e-4)
     if kind == "text":  # the same windows per step, by two data-parallel ranks, and by two virtual ranks
         halved = {"gradient-accumulate-every": 1, "parallel-mode": "data_parallel"}
         pool.run(run, arguments(home, tmp_path / "data", **halved))

@@ -53,8 +53,9 @@ def as_rank(rank, world_size):
     accelerate.state.GradientState._reset_state()
 
 
-def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, linear=False, **options):
-    from transformers import TrainingArguments
+def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, linear=False, plain=False, **options):
+    """``plain``: the library's own Trainer."""
+    from transformers import Trainer, TrainingArguments
 
     from seqpar_attn.integrations.accelerate import SequenceParallelConfig
     from seqpar_attn.integrations.trainer import SequenceParallelTrainer
@@ -86,18 +87,14 @@ def trainer_of(rank, world_size, out, kind, family="llama", split=1, rows=8, lin
         from seqpar_attn.integrations.linear_loss import use_linear_loss
 
         use_linear_loss(model)
-    return SequenceParallelTrainer(
-        model,
-        arguments,
-        train_dataset=Rows(rows, kind),
-        eval_dataset=Rows(5, kind),
-        backend="reference",
-        data_collator=None,
-    )
+    data = {"train_dataset": Rows(rows, kind), "eval_dataset": Rows(5, kind)}
+    if plain:
+        return Trainer(model, arguments, **data)
+    return SequenceParallelTrainer(model, arguments, **data, backend="reference")
 
 
-def trained(rank, world_size, out, *arguments):
-    trainer = trainer_of(rank, world_size, out, *arguments, linear=arguments[0] == "packed")
+def trained(rank, world_size, out, *arguments, plain=False):
+    trainer = trainer_of(rank, world_size, out, *arguments, linear=arguments[0] == "packed", plain=plain)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     # AdamW would not notice gradients that are all too large by one factor, so their norms are compared, too.
@@ -120,7 +117,7 @@ def assert_same_training(results, expected):
             torch.testing.assert_close(weights[name], x, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name} {m}")
 
 
-def one_process_loss(kind, batch):
+def one_process_loss(kind):
     """An evaluation by hand: the library's own attention and loss, one sequence at a time."""
     model, total, count = build("llama").eval(), 0.0, 0
     for row in Rows(5, kind).rows:
@@ -148,8 +145,12 @@ def pool():
 def test_as_one_process(pool, tmp_path, kind, family, split):
     expected = trained(0, 1, str(tmp_path / "one"), kind, family)
     assert_same_training(pool.run(trained, str(tmp_path / "two"), kind, family, split), expected)
+    if kind == "plain" and split == 2:
+        library = trained(0, 1, str(tmp_path / "library"), kind, family, plain=True)
+        for step, true_step in zip(expected[1], library[1], strict=True):
+            assert step == pytest.approx(true_step, rel=1e-4)  # its softmax is float32
     if family == "llama":
-        assert expected[0] == pytest.approx(one_process_loss(kind, 2), rel=1e-5)
+        assert expected[0] == pytest.approx(one_process_loss(kind), rel=1e-5)
 
 
 def test_data_times_sequence_parallel(tmp_path):
