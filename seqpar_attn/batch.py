@@ -24,7 +24,7 @@ class ShardedBatch:
     labels: torch.Tensor
     """Shape of ``input_ids``, int64: what to predict *at* each position, or ``ignore_index``. Do not shift again."""
     position_ids: torch.Tensor
-    """Shape of ``input_ids``, int64: position in the document where ``cu_seqlens`` was given, else in the sequence."""
+    """Shape of ``input_ids``, int64: as given; else in the document where ``cu_seqlens`` was given, or the sequence."""
     cu_seqlens: tuple[int, ...] | None
     """Global document boundaries, the padding being the last document; None if there is neither."""
     seqlen: int
@@ -86,6 +86,7 @@ def shard_batch(
     ignore_index: int = -100,
     pad_token_id: int = 0,
     shift_labels: bool = True,
+    position_ids: torch.Tensor | None = None,
 ) -> ShardedBatch:
     """This rank's part of a batch that every rank holds whole.
 
@@ -99,6 +100,8 @@ def shard_batch(
         group: as for ``ring_attention`` or ``usp_attention``; or pass ``rank`` and ``world_size`` instead.
         shift_labels: the label at position i becomes that of token i + 1, and the last token of every document gets
             ``ignore_index``. False: ``labels`` already say what to predict at each position.
+        position_ids: integer, same shape as ``input_ids``: positions with gaps, say, for rotary embeddings. They mean
+            nothing to attention. Default: counted, see :class:`ShardedBatch`.
 
     Raises ValueError for tensors that are not integer ``[batch, seqlen]`` of one shape, boundaries that are not
     sorted from 0 to the length, and ranks out of range. Counting the labels waits for a device that holds them.
@@ -116,7 +119,7 @@ def shard_batch(
     if labels is None and not shift_labels:
         raise ValueError("expected labels with shift_labels=False, got None")
 
-    documents = _checked(input_ids, labels, cu_seqlens)
+    documents = _checked(input_ids, labels, cu_seqlens, position_ids)
     targets = (input_ids if labels is None else labels).long()
     if shift_labels:
         targets = _shifted(targets, documents, ignore_index)
@@ -126,7 +129,9 @@ def shard_batch(
     assert padded.labels is not None
     seqlen = padded.input_ids.shape[1]
     positions = torch.arange(seqlen, device=input_ids.device)
-    if documents is not None:
+    if position_ids is not None:
+        positions = torch.nn.functional.pad(position_ids.long(), (0, seqlen - position_ids.shape[1]))
+    elif documents is not None:
         starts = torch.tensor(padded.cu_seqlens, device=input_ids.device)
         positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 
@@ -155,16 +160,19 @@ def _shifted(labels: torch.Tensor, documents: tuple[int, ...] | None, ignore_ind
 
 
 def _checked(
-    input_ids: torch.Tensor, labels: torch.Tensor | None, cu_seqlens: Sequence[int] | torch.Tensor | None
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None,
+    cu_seqlens: Sequence[int] | torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[int, ...] | None:
     """Raise ValueError unless the arguments fit together; ``cu_seqlens`` as a tuple."""
     if input_ids.dim() != 2 or not input_ids.shape[1]:
         raise ValueError(f"expected input_ids of shape [batch, seqlen >= 1], got {list(input_ids.shape)}")
-    for name, x in (("input_ids", input_ids), ("labels", labels)):
+    for name, x in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
         if x is not None and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
             raise ValueError(f"expected {name} of an integer dtype, got {x.dtype}")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise ValueError(f"expected labels of the shape of input_ids {list(input_ids.shape)}, got {list(labels.shape)}")
+        if x is not None and x.shape != input_ids.shape:
+            raise ValueError(f"expected {name} of the shape of input_ids {list(input_ids.shape)}, got {list(x.shape)}")
     if cu_seqlens is None:
         return None
     if isinstance(cu_seqlens, torch.Tensor):

@@ -112,7 +112,7 @@ def run(code):
     return result.stdout.strip()
 
 
-OPTIONAL = ("triton", "transformers", "flash_attn", "accelerate")
+OPTIONAL = ("triton", "transformers", "flash_attn", "accelerate", "datasets", "tqdm")
 
 
 def test_importing_the_package_loads_nothing_optional_and_no_cuda():

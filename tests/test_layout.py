@@ -200,6 +200,15 @@ def test_labels_that_are_aligned_already_are_left_alone():
     assert part.labels.tolist() == [[10, 20, 30, 40, 50]] and part.num_valid == 5
 
 
+def test_positions_that_are_given_are_sharded():
+    ids, positions = torch.arange(10)[None], torch.tensor([[0, 1, 2, 3, 4, 90, 91, 92, 93, 94]])
+    parts = [
+        shard_batch(ids, cu_seqlens=(0, 3, 10), position_ids=positions, layout="zigzag", rank=r, world_size=2)
+        for r in (0, 1)
+    ]
+    assert [p.position_ids.tolist() for p in parts] == [[[0, 1, 2, 94, 0, 0]], [[3, 4, 90, 91, 92, 93]]]
+
+
 @given(boundaries(), st.integers(1, 20))
 def test_pad_batch(lengths, multiple):
     seqlen, cu_seqlens = lengths
@@ -251,6 +260,8 @@ IDS = torch.arange(12)[None]
         (lambda: shard_batch(IDS.float()), "expected input_ids of an integer dtype, got torch.float32"),
         (lambda: shard_batch(IDS, IDS.bool()), "expected labels of an integer dtype, got torch.bool"),
         (lambda: shard_batch(IDS, IDS[:, 1:]), r"expected labels of the shape of input_ids \[1, 12\], got \[1, 11\]"),
+        (lambda: shard_batch(IDS, position_ids=IDS[:, 1:]), r"expected position_ids of the shape of input_ids"),
+        (lambda: shard_batch(IDS, position_ids=IDS.float()), "expected position_ids of an integer dtype"),
         (lambda: shard_batch(IDS, None, (0, 5, 3, 12)), r"sorted from 0 to seqlen 12, got \(0, 5, 3, 12\)"),
         (lambda: shard_batch(IDS, None, (1, 12)), "sorted from 0"),
         (lambda: shard_batch(IDS, None, (0, 11)), "to seqlen 12"),

@@ -185,6 +185,11 @@ def enable(
     return Enabled(model, Settings(group, method, whole, options))
 
 
+def settings_of(model: nn.Module) -> Settings | None:
+    """What ``enable`` was called with; None without it."""
+    return model.__dict__.get(_KEY)
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -294,6 +299,9 @@ def attention(
         settings.refuse(query.device, wrong)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     function = _METHODS[settings.method][0]
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, lse = function(
         q,

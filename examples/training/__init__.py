@@ -1,0 +1,1 @@
+"""The parts of train.py: options, data, model, checkpoints and what is reported."""
