@@ -154,7 +154,8 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, argv)
-    with launched(args.sequence_parallel, args.virtual_ranks) as ranks:
+    rows = args.ring_degree if args.method == "usp" else None
+    with launched(args.sequence_parallel, args.virtual_ranks, rows) as ranks:
         Trainer(args, ranks).run()
 
 

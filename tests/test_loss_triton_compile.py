@@ -20,18 +20,6 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 INT32 = {"stride_row", "stride_grad", "tokens", "columns", "count", "start", "ignore_index", "vocab_size"}
 STRIDES = {"stride_row", "stride_grad", "columns"}
 ALIGNED = {"logits", "grad", "weight", "statistics", "high", "low", "addend", "x"} | STRIDES
-    "logits",
-    "grad",
-    "weight",
-    "statistics",
-    "high",
-    "low",
-    "addend",
-    "x",
-    "stride_row",
-    "stride_grad",
-    "columns",
-}
 ON = {"SOFTCAP": True, "SMOOTHING": True, "Z_LOSS": True}
 OFF = dict.fromkeys(ON, False)
 

@@ -104,6 +104,11 @@ def test_ranks_train_as_one_process(pool, home, tmp_path, kind):
         halved = {"gradient-accumulate-every": 1, "parallel-mode": "data_parallel"}
         pool.run(run, arguments(home, tmp_path / "data", **halved))
         run(0, 1, arguments(home, tmp_path / "virtual", **{"virtual-ranks": 2}))
+        pool.run(run, arguments(home, tmp_path / "usp", **{"method": "usp"}))
+        grid = {"method": "usp", "virtual-ranks": 4, "ring-degree": 2}
+        run(0, 1, arguments(home, tmp_path / "grid", **grid))
+        assert_same_training(tmp_path / "usp", tmp_path / "one")
+        assert_same_training(tmp_path / "grid", tmp_path / "one")
         assert_same_training(tmp_path / "data", tmp_path / "one")
         assert_same_training(tmp_path / "virtual", tmp_path / "one")
 

@@ -63,7 +63,7 @@ def build(args: argparse.Namespace, config: Any, ranks: Ranks) -> tuple[Any, Ena
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    enabled = enable(model, ranks.sequence, method=args.method, backend=args.backend, **_ring_degree(args))
+    enabled = enable(model, ranks.sequence, method=args.method, backend=args.backend)
     layout = seqpar_attn.get_layout(enabled.settings.layout, ranks.sequence_size)
     if args.seq_length % layout.multiple:
         raise ValueError(
@@ -97,10 +97,6 @@ def build(args: argparse.Namespace, config: Any, ranks: Ranks) -> tuple[Any, Ena
             compile=args.compile,
         )
     return model.train(), enabled
-
-
-def _ring_degree(args: argparse.Namespace) -> dict[str, int]:
-    return {} if args.ring_degree == 1 else {"ring_degree": args.ring_degree}
 
 
 def save(folder: Path, model: Any, config: Any, tokenizer: Any, dtype: torch.dtype, ranks: Ranks) -> None:

@@ -55,7 +55,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--pose-chunks", type=int, default=2)
     add("--method", help='attention, as seqpar_attn.integrations.transformers.enable takes it; default: "ring"')
     add("--parallel-mode", "--parallel_mode", choices=PARALLEL_MODES, help="the same by EasyContext's names")
-    add("--ring-degree", "--ring_degree", type=int, default=1, help="of the methods that have one")
+    add("--ring-degree", "--ring_degree", type=int, default=1, help="rows of the grid of method usp")
     add("--sequence-parallel", type=int, help="ranks per sequence; default: all, or with data_parallel one")
     add("--virtual-ranks", type=int, help="ranks per sequence inside each process, instead")
     add("--backend", default="auto", help="attention kernels, see python -m seqpar_attn info")
@@ -85,6 +85,8 @@ def parse(description: str | None, argv: list[str] | None) -> argparse.Namespace
             raise ValueError(f"expected --sequence-parallel 1 with data_parallel, got {args.sequence_parallel}")
         args.sequence_parallel = 1
     args.method = args.method or PARALLEL_MODES.get(args.parallel_mode, "ring")
+    if args.ring_degree != 1 and args.method != "usp":
+        raise ValueError(f"expected --ring-degree only with method usp, got {args.ring_degree} with {args.method}")
     if args.wandb is not None:
         args.report_to = "wandb"
     check_tracker(args.report_to)

@@ -62,11 +62,12 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def launched(sequence_parallel: int | None, virtual_ranks: int | None) -> Iterator[Ranks]:
+def launched(sequence_parallel: int | None, virtual_ranks: int | None, rows: int | None = None) -> Iterator[Ranks]:
     """The ranks that torchrun or accelerate launch has started, or this process alone; a group that is there is used.
 
     ``sequence_parallel``: ranks per sequence; None for all. ``virtual_ranks`` of this process share a sequence instead.
-    ValueError on every rank if the number does not divide that of the processes.
+    ``rows``: these ranks are a grid of so many rows, for method "usp". ValueError on every rank if a number does not
+    divide the one that it should.
     """
     gpu = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -78,6 +79,8 @@ def launched(sequence_parallel: int | None, virtual_ranks: int | None) -> Iterat
             f"expected --sequence-parallel to divide the number of processes, {world_size}, and to be 1 with "
             f"--virtual-ranks, got {split}"
         )
+    if (virtual_ranks or split) % (rows or 1):
+        raise ValueError(f"expected --ring-degree to divide {virtual_ranks or split} ranks per sequence, got {rows}")
     if gpu:
         torch.cuda.set_device(device)
     mine = not dist.is_initialized()
@@ -87,7 +90,16 @@ def launched(sequence_parallel: int | None, virtual_ranks: int | None) -> Iterat
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (world_size // split, split), mesh_dim_names=("data", "sequence"))
+    columns = (virtual_ranks or split) // (rows or 1)
+    sequence: Any
+    if split == 1 and rows:
+        sequence = seqpar_attn.LoopbackGroup(rows), seqpar_attn.LoopbackGroup(columns)
+    elif split == 1:
+        sequence = seqpar_attn.LoopbackGroup(columns)
+    shape, names = ((rows, columns), ("ring", "heads")) if rows and split > 1 else ((split,), ("sequence",))
+    mesh = init_device_mesh(device.type, (world_size // split, *shape), mesh_dim_names=("data", *names))
+    if split > 1:
+        sequence = mesh[names]
     yield Ranks(
         device=device,
         rank=dist.get_rank(),
@@ -95,7 +107,7 @@ def launched(sequence_parallel: int | None, virtual_ranks: int | None) -> Iterat
         data_rank=mesh.get_local_rank("data"),
         data_size=world_size // split,
         sequence_size=virtual_ranks or split,
-        sequence=mesh["sequence"] if split > 1 else seqpar_attn.LoopbackGroup(virtual_ranks or 1),
+        sequence=sequence,
         everyone=init_device_mesh(device.type, (world_size,)),
         host=dist.new_group(backend="gloo", timeout=timedelta(hours=12)),
     )

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..comm import Group, LoopbackGroup
+from ..layout import grid_of
 from ..loss import linear_cross_entropy
 from .transformers import settings_of
 
@@ -91,7 +92,10 @@ def use_linear_loss(model: Any, *, logits_bytes: int = 512 << 20) -> LinearLoss:
         group: Group = None  # a sum is this rank's alone
         if num_items_in_batch is None:
             settings = settings_of(model)
-            group = LoopbackGroup(1) if settings is None else settings.group
+            found = LoopbackGroup(1) if settings is None else settings.group
+            if grid_of(found) is not None:
+                raise ValueError("expected num_items_in_batch (method 'usp': no one group has all tokens), got none")
+            group = cast(Group, found)
         loss: Any = linear_cross_entropy(
             hidden,
             weight,
