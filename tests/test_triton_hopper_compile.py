@@ -52,7 +52,8 @@ def compile_kernel(kernel, tiles: dict[str, str], constants: dict, chosen):
 
 
 def forward(
-    dtype="bf16", dim=128, kind=FULL, even=True, carry=False, keep=False, out=True, softcap=False, chosen=None
+    dtype="bf16", dim=128, kind=FULL, even=True, carry=False, keep=False, out=True, softcap=False, chosen=None,
+    headdim=None,
 ):  # fmt: skip
     from seqpar_attn.kernels.triton.common import KIND_NUMBER
     from seqpar_attn.kernels.triton.hopper.forward import forward_kernel
@@ -63,14 +64,15 @@ def forward(
     constants = {
         "KIND": KIND_NUMBER[kind], "EVEN": even, "CARRY": carry, "KEEP": keep, "SOFTCAP": softcap,
         "KEYS": chosen.keys, "DIM": dim, "STAGES": chosen.stages, "CONSUMERS": chosen.consumers,
-        "PINGPONG": chosen.pingpong, "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
+        "PINGPONG": chosen.pingpong, "BEYOND": config.beyond(headdim or dim), "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
     }  # fmt: skip
+    results = rows if dim <= 128 else [1, 1, 64, 64]
     if carry or keep:
-        tiles["out_acc"] = tile("fp32", rows)
+        tiles["out_acc"] = tile("fp32", results)
     else:
         constants["out_acc"] = None
     if out:
-        tiles["out"] = tile(dtype, rows)
+        tiles["out"] = tile(dtype, results)
     else:
         constants["out"] = None
     if kind is not INTERVAL:
@@ -128,6 +130,10 @@ FORWARD_CASES = {
     "intervals": ({"kind": INTERVAL, "carry": True}, 0),
     "causal-softcap": ({"kind": CAUSAL, "softcap": True}, 0),
     "full-64": ({"dim": 64, "keep": True, "out": False}, 0),
+    "full-256": ({"dim": 256}, 0),
+    "causal-256-both": ({"dim": 256, "kind": CAUSAL, "carry": True, "keep": True}, 0),
+    "intervals-192": ({"dim": 256, "headdim": 192, "kind": INTERVAL, "carry": True}, 0),
+    "causal-256-softcap-fp16": ({"dim": 256, "dtype": "fp16", "kind": CAUSAL, "softcap": True}, 0),
     "causal-64-tall": ({"dim": 64, "kind": CAUSAL, "chosen": config.FORWARD_TALL[64]}, 16),  # in masked tiles only
 }
 # A few addresses; intervals and the temporaries of tanh take more, and fp16, which keeps P in fp32, most.

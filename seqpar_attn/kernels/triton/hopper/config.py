@@ -9,7 +9,7 @@ import torch
 
 from ..config import Tile
 
-HEADDIMS = (64, 128)
+HEADDIMS = (64, 128, 256)
 """Padded head dimensions that have kernels."""
 
 
@@ -38,6 +38,7 @@ class ForwardConfig:
 FORWARD = {
     64: ForwardConfig(2, 128, 4, True, 240, 24, 168),
     128: ForwardConfig(2, 128, 2, True, 240, 24, 168),
+    256: ForwardConfig(2, 64, 2, True, 240, 24, 168),
 }
 FORWARD_TALL = {64: ForwardConfig(3, 128, 4, False, 160, 32, 128)}
 """Faster per row, but a tile's rows divide fewer lengths. Spills with a soft cap or intervals."""
@@ -62,7 +63,12 @@ def choose_forward(headdim: int, plain: bool, seqlen_q: int, heads: int, program
 
 def padded(headdim: int) -> int:
     """Columns past the head dimension are zeros that the copy engine fills in, and are never stored."""
-    return 64 if headdim <= 64 else 128
+    return 64 if headdim <= 64 else 128 if headdim <= 128 else 256
+
+
+def beyond(headdim: int) -> int:
+    """How many columns past 128 the forward kernel multiplies: of 256 that it has memory for, 192 may do."""
+    return 0 if headdim <= 128 else 64 if headdim <= 192 else 128
 
 
 _L2_BYTES_FOR_KEYS = 40_000_000

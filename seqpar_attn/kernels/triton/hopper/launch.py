@@ -13,6 +13,7 @@ from .config import (
     BACKWARD_KEYS,
     BackwardConfig,
     ForwardConfig,
+    beyond,
     heads_at_once,
     heads_together,
     multiprocessors,
@@ -49,7 +50,8 @@ def launch_forward(
         parts, seqlen_k, nheads_kv = key_sizes(k)
         keys, dim, heads_total = config.keys, padded(headdim), batch * nheads
         rows = [1, 1, 64, dim]
-        boxes = {0: rows, 1: [1, 1, 1, keys, dim], 2: [1, 1, 1, keys, dim], 4: rows, 5: rows}
+        results = rows if dim <= 128 else [1, 1, 64, 64]
+        boxes = {0: rows, 1: [1, 1, 1, keys, dim], 2: [1, 1, 1, keys, dim], 4: results, 5: results}
         if not (carry or keep):
             del boxes[4]
         if out is None:
@@ -65,7 +67,7 @@ def launch_forward(
             {
                 "KIND": KIND_NUMBER[mask.kind], "EVEN": seqlen_k % keys == 0, "CARRY": carry, "KEEP": keep,
                 "SOFTCAP": softcap is not None, "KEYS": keys, "DIM": dim, "STAGES": config.stages,
-                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "REGISTERS": config.registers,
+                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "BEYOND": beyond(headdim), "REGISTERS": config.registers,
                 "PRODUCER_REGISTERS": config.producer_registers,
             },
             config.tile,
