@@ -64,7 +64,8 @@ def forward(
     constants = {
         "KIND": KIND_NUMBER[kind], "EVEN": even, "CARRY": carry, "KEEP": keep, "SOFTCAP": softcap,
         "KEYS": chosen.keys, "DIM": dim, "STAGES": chosen.stages, "CONSUMERS": chosen.consumers,
-        "PINGPONG": chosen.pingpong, "BEYOND": config.beyond(headdim or dim), "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
+        "PINGPONG": chosen.pingpong, "BEYOND": config.beyond(headdim or dim),
+        "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
     }  # fmt: skip
     results = rows if dim <= 128 else [1, 1, 64, 64]
     if carry or keep:

@@ -67,8 +67,8 @@ def launch_forward(
             {
                 "KIND": KIND_NUMBER[mask.kind], "EVEN": seqlen_k % keys == 0, "CARRY": carry, "KEEP": keep,
                 "SOFTCAP": softcap is not None, "KEYS": keys, "DIM": dim, "STAGES": config.stages,
-                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "BEYOND": beyond(headdim), "REGISTERS": config.registers,
-                "PRODUCER_REGISTERS": config.producer_registers,
+                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "BEYOND": beyond(headdim),
+                "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
             },
             config.tile,
             boxes,
