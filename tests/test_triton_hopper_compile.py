@@ -99,6 +99,23 @@ def backward(dtype="bf16", dim=128, kind=FULL, carry=False, rounded=False, softc
     return compile_kernel(backward_kernel, tiles | {"dk": gradient, "dv": gradient}, constants, chosen)
 
 
+def backward_wide(headdim=256, kind=FULL, carry=False, rounded=False, softcap=False):
+    from seqpar_attn.kernels.triton.common import KIND_NUMBER
+    from seqpar_attn.kernels.triton.hopper.backward_wide import backward_wide_kernel
+
+    rows, keys = tile("bf16", [1, 1, 64, 256]), tile("bf16", [1, 1, 1, 64, 256])
+    gradient = tile("bf16" if rounded else "fp32", [1, 1, 1, 64, 64])
+    tiles = {"q": rows, "k": keys, "v": keys, "dout": tile("bf16", [1, 1, 64, 128]), "dk": gradient, "dv": gradient}
+    constants = {
+        "KIND": KIND_NUMBER[kind], "SOFTCAP": softcap, "CARRY": carry, "ROUND": rounded, "PERMUTED": True,
+        "SHIFT": 14, "BEYOND": config.beyond(headdim),
+    }  # fmt: skip
+    if kind is not INTERVAL:
+        constants |= {"query_lo": None, "query_hi": None}
+    tiles["dq"] = tile("fp32", [1, 1, 64, 64])
+    return compile_kernel(backward_wide_kernel, tiles, constants, config.BACKWARD_WIDE_TILE)
+
+
 def serialised(compiled, folder: Path) -> list[str]:
     """What ptxas says of products that it makes wait for each other."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -174,6 +191,27 @@ def test_backward(case: dict, spilled: int, tmp_path: Path) -> None:
     assert serialised(compiled, tmp_path) == []
     if triton.__version__.startswith("3.6."):
         assert max(spills(compiled, tmp_path)) <= spilled, spills(compiled, tmp_path)
+
+
+WIDE_CASES = {
+    "full-rounded": {"rounded": True},
+    "causal-continue": {"kind": CAUSAL, "carry": True},
+    "intervals-192": {"kind": INTERVAL, "headdim": 192},
+    "causal-softcap": {"kind": CAUSAL, "softcap": True},
+}
+
+
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES.keys())
+def test_backward_wide(case: dict, tmp_path: Path) -> None:
+    compiled = backward_wide(**case)
+    found = resources(compiled, tmp_path)
+    assert found["shared"] <= 227 * 1024, found
+    assert found["HGMMA"] > 0, found
+    tma = tma_instructions(compiled, tmp_path)
+    assert tma["UTMALDG"] > 0 and tma["UTMAREDG"] > 0, tma
+    assert serialised(compiled, tmp_path) == []
+    if triton.__version__.startswith("3.6."):
+        assert max(spills(compiled, tmp_path)) == 0, spills(compiled, tmp_path)
 
 
 def test_variables_that_a_loop_hands_on(tmp_path: Path) -> None:

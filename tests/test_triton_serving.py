@@ -20,8 +20,11 @@ def gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("headdim", [8, 64, 72, 128])
+@pytest.mark.parametrize(
+    "dtype,headdim",
+    [(torch.bfloat16, d) for d in (8, 64, 72, 128, 136, 256)] + [(torch.float16, d) for d in (72, 128)],
+    ids=str,
+)
 def test_hopper_serves(gpu, dtype, headdim) -> None:
     assert backend.portable_because(CUDA, dtype, headdim) is None
     serving = TritonKernel().serving(CUDA, dtype, headdim, False)
@@ -29,11 +32,18 @@ def test_hopper_serves(gpu, dtype, headdim) -> None:
     assert serving is TritonKernel().serving(CUDA, torch.bfloat16, 64, False)
 
 
-@pytest.mark.parametrize("headdim,deterministic,why", [(64, True, "whatever order"), (136, False, "got 136")])
-def test_hopper_serves_the_forward_pass_only(gpu, headdim, deterministic, why) -> None:
-    assert backend.portable_because(CUDA, torch.bfloat16, headdim) is None
-    assert why in hopper.backward_refuses(torch.bfloat16, headdim, deterministic)
-    serving = TritonKernel().serving(CUDA, torch.bfloat16, headdim, deterministic)
+@pytest.mark.parametrize(
+    "dtype,headdim,deterministic,why",
+    [
+        (torch.bfloat16, 64, True, "whatever order"),
+        (torch.float16, 64, False, "float16 and 64"),
+        (torch.float16, 136, False, "float16 and 136"),
+    ],
+)
+def test_hopper_serves_the_forward_pass_only(gpu, dtype, headdim, deterministic, why) -> None:
+    assert backend.portable_because(CUDA, dtype, headdim) is None
+    assert why in hopper.backward_refuses(dtype, headdim, deterministic)
+    serving = TritonKernel().serving(CUDA, dtype, headdim, deterministic)
     assert type(serving).__name__ == "HopperForward" and serving.nondeterministic is None
     assert type(serving).backward is TritonKernel.backward and type(serving).finish_dq is TritonKernel.finish_dq
 
@@ -96,4 +106,5 @@ def test_heads_that_take_turns() -> None:
     assert config.heads_at_once(False, 32, 1 << 40) == 1
     assert config.heads_together(32, 128) == 32
     assert config.heads_together(32, 512) == 8
+    assert config.heads_together(32, 256, wide=True) == 4
     assert config.heads_together(3, 1 << 20) == 1

@@ -36,7 +36,7 @@ _NO_TILE = gl.constexpr(((1 << 19) - 1) << 12)  # queries that do not exist
 
 
 @gluon.jit
-def _work(
+def program_work(
     seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi,
     QUERIES: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _work(
 
 
 @gluon.jit
-def _walk(i, group, first, end, down):
+def step_tile(i, group, first, end, down):
     """(query tile, head in the group) of step ``i``: heads take turns with a query tile. Past the last, that again."""
     step = gl.minimum(i, (end - first) * group - 1)
     tile = step // group
@@ -80,7 +80,7 @@ def _producer(
     seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
     KIND: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    head_index, part, key, first, end, down = _work(
+    head_index, part, key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = head_index // nheads_kv
@@ -93,7 +93,7 @@ def _producer(
             tma_load(v, [part, batch, head_kv, key + 64 * c, 0], kv_full.index(0), v_s.index(c))
         # One tile of queries more than there are steps: a step looks ahead to the next one's scores.
         for i in range(0, steps + 1):
-            tile, h = _walk(i, group, first, end, down)
+            tile, h = step_tile(i, group, first, end, down)
             head = head_kv * group + h
             slot = i % Q_STAGES
             mbarrier.wait(q_empty.index(slot), ((i // Q_STAGES) & 1) ^ 1)
@@ -116,7 +116,7 @@ def _loader(
     """(SHIFT - lse in powers of two) times ``lse_factor``, and -delta, of each query tile: the copy engine could not,
     for slices of lse along the sequence begin anywhere. Rows without keys and rows that do not exist get -inf and 0,
     which makes their P and dS 0."""
-    head_index, _part, _key, first, end, down = _work(
+    head_index, _part, _key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = (head_index // nheads_kv).to(gl.int64)
@@ -124,7 +124,7 @@ def _loader(
     steps = (end - first) * group
     rows = gl.arange(0, QUERIES, gl.BlockedLayout([QUERIES // 32], [32], [1], [0]))
     for i in range(0, gl.where(steps > 0, steps + 1, 0)):
-        tile, h = _walk(i, group, first, end, down)
+        tile, h = step_tile(i, group, first, end, down)
         head = (head_kv * group + h).to(gl.int64)
         row = tile * QUERIES + rows
         slot = i % Q_STAGES
@@ -208,7 +208,7 @@ def _dq(ds_s, k_s, slot, zero, c: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.c
 
 
 @gluon.jit
-def _store_dq(dq_c, dq, PERMUTED: gl.constexpr):
+def store_dq(dq_c, dq, PERMUTED: gl.constexpr):
     """[64, 64] to shared memory. Of 32 columns, a thread's eight come together (``dq_position``)."""
     if PERMUTED:
         dq = gl.reshape(gl.permute(gl.reshape(dq, [64, 2, 4, 4, 2]), [0, 1, 3, 2, 4]), [64, 64])
@@ -226,7 +226,7 @@ def _add_dq(dq, dq_c, batch, first_head, at, c: gl.constexpr, QUERIES: gl.conste
 
 
 @gluon.jit
-def _write(target, at_part, batch, head_kv, key, column: gl.constexpr, x, memory, CARRY: gl.constexpr):
+def write_gradient(target, at_part, batch, head_kv, key, column: gl.constexpr, x, memory, CARRY: gl.constexpr):
     """A tile of dk or dv, through shared memory that the copy engine has read."""
     memory.reshape([x.shape[0], x.shape[1]]).store(x)
     fence_async_shared()
@@ -260,7 +260,7 @@ def _consumer(
     # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16
     # inputs that would add to the error of dS.
     PACKED: gl.constexpr = SHIFT > 0
-    head_index, part, tile_key, first, end, down = _work(
+    head_index, part, tile_key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = head_index // nheads_kv
@@ -354,7 +354,7 @@ def _consumer(
             # All threads meet here: the dQ before has left its memory for all of them. The producers take it for the
             # sign that dout has been read.
             mbarrier.arrive(ds_full.index(slot), count=1)
-            _store_dq(dq_c, late_dq, PERMUTED)
+            store_dq(dq_c, late_dq, PERMUTED)
             # Plus zero, here and below: what is handed from one variable that the loop carries to another that began
             # with the same value, Triton's compiler takes for that value for ever.
             stored = late + zero
@@ -371,7 +371,7 @@ def _consumer(
         late_dq = warpgroup_mma_wait(0, [_dq(ds_s, k_s, slot, 0, c, DIM, QUERIES, DQ)])
         tma_wait(0)
         warpgroup_barrier()
-        _store_dq(dq_c, late_dq, PERMUTED)
+        store_dq(dq_c, late_dq, PERMUTED)
         fence_async_shared()
         warpgroup_barrier()
         _add_dq(dq, dq_c, batch, first_head, late, c, QUERIES, DIM)
@@ -387,8 +387,8 @@ def _consumer(
         v_c = v_s.index(c)
         if ROUND:
             dq_memory = reinterpret(dq_c, q_s.dtype, [128 // DIM, 1, 1, 1, 64, DIM], v_s.layout).index(0)
-            _write(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
-            _write(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
+            write_gradient(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
+            write_gradient(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
         else:
             FP32: gl.constexpr = gl.NVMMASharedLayout(128, 32, 5)
             dq_memory = reinterpret(dq_c, gl.float32, [1, 1, 1, 64, 64], FP32)
@@ -396,19 +396,19 @@ def _consumer(
                 v_memory = reinterpret(v_c, gl.float32, [1, 1, 1, 64, 64], FP32)
                 dv_left, dv_right = _halves(dv_sum)
                 dk_left, dk_right = _halves(dk_sum)
-                _write(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)
-                _write(dv, part, batch, head_kv, key, 64, dv_right, v_memory, CARRY)
+                write_gradient(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)
+                write_gradient(dv, part, batch, head_kv, key, 64, dv_right, v_memory, CARRY)
                 tma_wait(1)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 0, dk_left, dq_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 0, dk_left, dq_memory, CARRY)
                 tma_wait(1)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 64, dk_right, v_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 64, dk_right, v_memory, CARRY)
             else:
-                _write(dv, part, batch, head_kv, key, 0, dv_sum, dq_memory, CARRY)
+                write_gradient(dv, part, batch, head_kv, key, 0, dv_sum, dq_memory, CARRY)
                 tma_wait(0)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 0, dk_sum, dq_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 0, dk_sum, dq_memory, CARRY)
     tma_wait(0)
 
 

@@ -101,19 +101,24 @@ class BackwardConfig:
 
 
 BACKWARD_KEYS = 128
+BACKWARD_WIDE_KEYS = 64
+BACKWARD_WIDE_TILE = Tile(64, BACKWARD_WIDE_KEYS, 4, 1, tma=True, maxnreg=128)
+"""For more than 128 columns, whose kernel has one configuration: its tiles fill shared memory and all registers."""
 # By padded head dimension; queries times that is always 8192: two warpgroups share a tile of dQ.
 BACKWARD = {
     64: BackwardConfig(128, 3, 240, 24, 168),
     128: BackwardConfig(64, 3, 240, 24, 168),
 }
 _KEY_TILES_TOGETHER = 32 * 132
+_WIDE_KEY_TILES_TOGETHER = 8 * 132
 
 
-def heads_together(heads: int, key_tiles: int) -> int:
+def heads_together(heads: int, key_tiles: int, wide: bool = False) -> int:
     """Key heads that take turns tile by tile. All together, the longest tiles of all of them go first and none of them
     is last; but after more than some 32 waves of programs these do not begin together any more (see csrc's
     ``key_heads_at_once``, which found that)."""
-    while heads > 1 and heads * key_tiles > _KEY_TILES_TOGETHER:
+    most = _WIDE_KEY_TILES_TOGETHER if wide else _KEY_TILES_TOGETHER
+    while heads > 1 and heads * key_tiles > most:
         heads = -(-heads // 2)
     return heads
 

@@ -114,7 +114,7 @@ class HopperKernel(HopperForward):
         if q.numel() == 0 or k.numel() == 0:
             backward_without_pairs(dq, dk, dv, carry_dq, carry_dkv)
             return
-        config = self._backward or BACKWARD[padded(q.shape[3])]
+        config = self._backward or BACKWARD.get(padded(q.shape[3]))
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_backward(
