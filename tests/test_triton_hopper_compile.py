@@ -154,13 +154,13 @@ FORWARD_CASES = {
     "causal-256-softcap-fp16": ({"dim": 256, "dtype": "fp16", "kind": CAUSAL, "softcap": True}, 0),
     "causal-64-tall": ({"dim": 64, "kind": CAUSAL, "chosen": config.FORWARD_TALL[64]}, 16),  # in masked tiles only
 }
-# A few addresses; intervals and the temporaries of tanh take more, and fp16, which keeps P in fp32, most.
+# A few addresses; intervals and the temporaries of tanh take more.
 BACKWARD_CASES = {
     "full-rounded": ({"rounded": True}, 8),
     "causal-continue": ({"kind": CAUSAL, "carry": True}, 8),
     "intervals": ({"kind": INTERVAL, "carry": True}, 24),
     "causal-softcap": ({"kind": CAUSAL, "softcap": True}, 64),
-    "causal-fp16": ({"kind": CAUSAL, "dtype": "fp16"}, 128),
+    "causal-fp16": ({"kind": CAUSAL, "dtype": "fp16"}, 8),
     "causal-64": ({"dim": 64, "kind": CAUSAL, "carry": True}, 8),
 }
 

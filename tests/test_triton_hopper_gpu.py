@@ -75,7 +75,7 @@ def wide_forward():
 @pytest.mark.parametrize("headdim", [192, 256])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_wide_fp16(kernel, case: Case, headdim: int) -> None:
-    check(wide_forward(), dataclasses.replace(case, headdim=headdim), torch.float16, "cuda", times=2)
+    check(kernel, dataclasses.replace(case, headdim=headdim), torch.float16, "cuda", times=2)
 
 
 @pytest.mark.parametrize("headdim", [192, 256])

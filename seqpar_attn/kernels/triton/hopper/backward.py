@@ -181,11 +181,21 @@ def _probabilities(
 
 
 @gluon.jit
-def _unpacked(p, PACKED: gl.constexpr, SCORES: gl.constexpr):
-    if PACKED:
-        return unpack(p, gl.float16, SCORES).to(gl.float32)
+def kept(p, SPLIT: gl.constexpr, SCORES: gl.constexpr):
+    """P in fp16, and if SPLIT 2^24 times what that lacks."""
+    high = pack(p, gl.float16)
+    if SPLIT:
+        return high, pack((p - unpack(high, gl.float16, SCORES).to(gl.float32)) * 16777216.0, gl.float16)
     else:
-        return p
+        return high, 0
+
+
+@gluon.jit
+def whole(high, low, SPLIT: gl.constexpr, SCORES: gl.constexpr):
+    p = unpack(high, gl.float16, SCORES).to(gl.float32)
+    if SPLIT:
+        p += unpack(low, gl.float16, SCORES).to(gl.float32) * (1 / 16777216.0)
+    return p
 
 
 @gluon.jit
@@ -257,9 +267,9 @@ def _consumer(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16
-    # inputs that would add to the error of dS.
-    PACKED: gl.constexpr = SHIFT > 0
+    # P waits for dP as fp16 of 2^14 P, and there are registers for the next scores meanwhile. For fp16 inputs that
+    # would add to the error of dS: there it waits as its operand for dV and the rest.
+    SPLIT: gl.constexpr = SHIFT == 0
     head_index, part, tile_key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
@@ -291,8 +301,7 @@ def _consumer(
             s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
             pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
-        if PACKED:
-            p = pack(p, gl.float16)
+        p, p_rest = kept(p, SPLIT, SCORES)
         # Beside the first tile, a product of stale memory: added to queries that do not exist.
         late = at * 0 + _NO_TILE
         stored = late
@@ -311,7 +320,9 @@ def _consumer(
                 + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
             )
             dp = warpgroup_mma(v_s.index(c + zero).reshape([64, DIM]), dout_tile.permute((1, 0)), dp, is_async=True)
-            p_operand = _unpacked(p, PACKED, SCORES).to(q_s.dtype)
+            p_operand = unpack(p, gl.float16, SCORES)
+            if not SPLIT:
+                p_operand = p_operand.to(gl.float32).to(q_s.dtype)
             dv_sum = warpgroup_mma(gl.convert_layout(p_operand, OPERAND), dout_tile, dv_sum, is_async=True)
             # dQ of the last step, stored long enough ago that the fence does not wait.
             fence_async_shared()
@@ -319,10 +330,9 @@ def _consumer(
             _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
             dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
             k_c = k_s.index(c + zero).reshape([64, DIM])
-            if PACKED:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
-            p = _unpacked(p, PACKED, SCORES)
+            mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
+            s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
+            p = whole(p, p_rest, SPLIT, SCORES)
             ds = p * dp
             if SOFTCAP:
                 # The derivative of the cap, from P: to keep the capped scores would take too many registers.
@@ -330,9 +340,6 @@ def _consumer(
                 capped = gl.where(p == 0.0, 0.0, (gl.log2(p) - shifted) / post_scale)
                 ds = ds * (1.0 - capped * capped)
             ds = ds.to(q_s.dtype)
-            if not PACKED:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
             # Both warpgroups' dS of the step before. It also says that nobody reads the slot that is written now.
             slot = i & 1
             mbarrier.wait(ds_full.index(slot ^ 1), ((i - 1) >> 1) & 1, pred=i > 0)
@@ -346,8 +353,7 @@ def _consumer(
                 s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k,
                 offset, pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
-            if PACKED:
-                p = pack(p, gl.float16)
+            p, p_rest = kept(p, SPLIT, SCORES)
             late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)

@@ -28,7 +28,7 @@ from .adapter import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .backward import program_work, step_tile, store_dq
+from .backward import kept, program_work, step_tile, store_dq, whole
 
 _KEYS = gl.constexpr(64)
 _QUERIES = gl.constexpr(64)
@@ -144,9 +144,10 @@ def _from_message(x):
 @gluon.jit
 def _form_p(
     s, lse_s, slot, query, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale, post_scale,
-    message_s, DTYPE: gl.constexpr, KIND: gl.constexpr, SOFTCAP: gl.constexpr,
+    message_s, DTYPE: gl.constexpr, KIND: gl.constexpr, SOFTCAP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """P of the query tile at ``query``, packed for dV; and for dS, times the derivative of the cap, as a message."""
+    """P of the query tile at ``query``, packed for dV; and for dS, times the derivative of the cap, as a message, of
+    two parts if SPLIT."""
     factor = 1.0
     if SOFTCAP:
         capped = tanh(s * pre_scale)
@@ -167,7 +168,10 @@ def _form_p(
                 lo = lo * 0
             lo = gl.where(keys < seqlen_k, lo, _NEVER)
             p = gl.where(queries >= lo[:, None], p, 0.0)
-    message_s.store(_to_message(pack(p * factor, gl.float16)))
+    high, low = kept(p * factor, SPLIT, _SCORES)
+    message_s.index(0).store(_to_message(high))
+    if SPLIT:
+        message_s.index(1).store(_to_message(low))
     return pack(p, DTYPE)
 
 
@@ -227,6 +231,7 @@ def _values(
     BEYOND: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: P, and dV += P^T dout."""
+    SPLIT: gl.constexpr = SHIFT == 0
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     SUMS_BEYOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BEYOND, 16])
     head_index, part, key, first, end, down = program_work(
@@ -244,7 +249,6 @@ def _values(
     inner_lo = gl.where(key + 64 <= seqlen_k, inner_lo, _NEVER)
     total = gl.zeros([64, 128], gl.float32, SUMS)
     beyond = gl.zeros([64, BEYOND], gl.float32, SUMS_BEYOND)
-    message = message_s.index(0)
     if steps > 0:
         mbarrier.wait(kv_full.index(0), 0)
         mbarrier.wait(q_full.index(0), 0)
@@ -253,7 +257,7 @@ def _values(
         tile, _h = _tile_of_step(0, group, key, first, end, down, KIND)
         p = _form_p(
             s, lse_s, 0, tile * _QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset, pre_scale,
-            post_scale, message, q_s.dtype, KIND, SOFTCAP,
+            post_scale, message_s, q_s.dtype, KIND, SOFTCAP, SPLIT,
         )  # fmt: skip
         mbarrier.arrive(p_full.index(0), count=1)
         mbarrier.arrive(q_empty.index(0), count=1)
@@ -286,7 +290,7 @@ def _values(
             tile, _h = _tile_of_step(i + 1, group, key, first, end, down, KIND)
             p = _form_p(
                 s, lse_s, slot, tile * _QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
-                pre_scale, post_scale, message, q_s.dtype, KIND, SOFTCAP,
+                pre_scale, post_scale, message_s, q_s.dtype, KIND, SOFTCAP, SPLIT,
             )  # fmt: skip
             mbarrier.arrive(p_full.index(0), count=1)
             mbarrier.arrive(q_empty.index(slot), count=1)
@@ -326,6 +330,7 @@ def _keys(
     KIND: gl.constexpr, CARRY: gl.constexpr, ROUND: gl.constexpr, SHIFT: gl.constexpr, BEYOND: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: dS, and dK += dS^T Q."""
+    SPLIT: gl.constexpr = SHIFT == 0
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     SUMS_BEYOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BEYOND, 16])
     head_index, part, key, first, end, _down = program_work(
@@ -346,8 +351,9 @@ def _keys(
             more = i + 1 < steps
             slot = i & 1
             mbarrier.wait(p_full.index(0), i & 1)
-            p = unpack(_from_message(message_s.index(0).load(_MESSAGE)), gl.float16, _SCORES).to(gl.float32)
-            ds = (p * dp).to(q_s.dtype)
+            high = _from_message(message_s.index(0).load(_MESSAGE))
+            low = _from_message(message_s.index(message_s.shape[0] - 1).load(_MESSAGE))  # if not SPLIT, not looked at
+            ds = (whole(high, low, SPLIT, _SCORES) * dp).to(q_s.dtype)
             mbarrier.arrive(p_empty.index(0), count=1)
             q_tile = q_s.index(slot).reshape([64, 256])
             operand = gl.convert_layout(ds, gl.DotOperandLayout(0, SUMS, 2))
@@ -382,6 +388,7 @@ def _queries(
 ):  # fmt: skip
     """The third warpgroup: dQ = dS K, 64 columns at a time."""
     QUARTERS: gl.constexpr = 2 + BEYOND // 64
+    PLACES: gl.constexpr = dq_s.shape[0]
     head_index, _part, key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, _QUERIES, _KEYS, KIND
     )
@@ -400,12 +407,12 @@ def _queries(
                 columns = k_tile.slice(64 * quarter, 64, dim=1)
                 x = warpgroup_mma(ds_s.permute((1, 0)), columns, x, use_acc=False, is_async=True)
                 x = warpgroup_mma_wait(0, [x])
-                tma_wait(1)  # what was in this quarter's place has left
+                tma_wait(PLACES - 1)  # what was in this quarter's place has left
                 if quarter == QUARTERS - 1:
                     mbarrier.arrive(ds_empty.index(0), count=1)
                 else:
                     warpgroup_barrier()
-                place = dq_s.index((QUARTERS * i + quarter) & 1)
+                place = dq_s.index((QUARTERS * i + quarter) % PLACES)
                 store_dq(place, x, PERMUTED)
                 fence_async_shared()
                 warpgroup_barrier()
@@ -432,8 +439,9 @@ def backward_wide_kernel(
     k_s = gl.allocate_shared_memory(q.dtype, [1, 1, 1, 1, 64, 256], k.layout)
     v_s = gl.allocate_shared_memory(q.dtype, [1, 1, 1, 1, 64, 256], k.layout)
     ds_s = gl.allocate_shared_memory(q.dtype, [64, 64], gl.NVMMASharedLayout(128, 16, 2))
-    message_s = gl.allocate_shared_memory(gl.int32, [1, 64, 32], gl.NVMMASharedLayout(128, 32, 2))
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
+    SPLIT: gl.constexpr = SHIFT == 0
+    message_s = gl.allocate_shared_memory(gl.int32, [2 if SPLIT else 1, 64, 32], gl.NVMMASharedLayout(128, 32, 2))
+    dq_s = gl.allocate_shared_memory(gl.float32, [1 if SPLIT else 2, 1, 1, 64, 64], dq.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [2, 64], ROWS)
     delta_s = gl.allocate_shared_memory(gl.float32, [2, 64], ROWS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
