@@ -99,16 +99,16 @@ def backward(dtype="bf16", dim=128, kind=FULL, carry=False, rounded=False, softc
     return compile_kernel(backward_kernel, tiles | {"dk": gradient, "dv": gradient}, constants, chosen)
 
 
-def backward_wide(headdim=256, kind=FULL, carry=False, rounded=False, softcap=False):
+def backward_wide(dtype="bf16", headdim=256, kind=FULL, carry=False, rounded=False, softcap=False):
     from seqpar_attn.kernels.triton.common import KIND_NUMBER
     from seqpar_attn.kernels.triton.hopper.backward_wide import backward_wide_kernel
 
-    rows, keys = tile("bf16", [1, 1, 64, 256]), tile("bf16", [1, 1, 1, 64, 256])
-    gradient = tile("bf16" if rounded else "fp32", [1, 1, 1, 64, 64])
-    tiles = {"q": rows, "k": keys, "v": keys, "dout": tile("bf16", [1, 1, 64, 128]), "dk": gradient, "dv": gradient}
+    rows, keys = tile(dtype, [1, 1, 64, 256]), tile(dtype, [1, 1, 1, 64, 256])
+    gradient = tile(dtype if rounded else "fp32", [1, 1, 1, 64, 64])
+    tiles = {"q": rows, "k": keys, "v": keys, "dout": tile(dtype, [1, 1, 64, 128]), "dk": gradient, "dv": gradient}
     constants = {
         "KIND": KIND_NUMBER[kind], "SOFTCAP": softcap, "CARRY": carry, "ROUND": rounded, "PERMUTED": True,
-        "SHIFT": 14, "BEYOND": config.beyond(headdim),
+        "SHIFT": 14 if dtype == "bf16" else 0, "BEYOND": config.beyond(headdim),
     }  # fmt: skip
     if kind is not INTERVAL:
         constants |= {"query_lo": None, "query_hi": None}
@@ -198,6 +198,7 @@ WIDE_CASES = {
     "causal-continue": {"kind": CAUSAL, "carry": True},
     "intervals-192": {"kind": INTERVAL, "headdim": 192},
     "causal-softcap": {"kind": CAUSAL, "softcap": True},
+    "causal-fp16": {"kind": CAUSAL, "dtype": "fp16"},
 }
 
 

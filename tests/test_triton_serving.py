@@ -22,7 +22,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     "dtype,headdim",
-    [(torch.bfloat16, d) for d in (8, 64, 72, 128, 136, 256)] + [(torch.float16, d) for d in (72, 128)],
+    [(torch.bfloat16, d) for d in (8, 64, 72, 128, 136, 256)] + [(torch.float16, d) for d in (72, 128, 136)],
     ids=str,
 )
 def test_hopper_serves(gpu, dtype, headdim) -> None:
@@ -36,8 +36,8 @@ def test_hopper_serves(gpu, dtype, headdim) -> None:
     "dtype,headdim,deterministic,why",
     [
         (torch.bfloat16, 64, True, "whatever order"),
-        (torch.float16, 64, False, "float16 and 64"),
-        (torch.float16, 136, False, "float16 and 136"),
+        (torch.float16, 64, False, "faster for torch.float16 and head dimension 64"),
+        (torch.float16, 136, True, "whatever order"),
     ],
 )
 def test_hopper_serves_the_forward_pass_only(gpu, dtype, headdim, deterministic, why) -> None:
@@ -106,5 +106,5 @@ def test_heads_that_take_turns() -> None:
     assert config.heads_at_once(False, 32, 1 << 40) == 1
     assert config.heads_together(32, 128) == 32
     assert config.heads_together(32, 512) == 8
-    assert config.heads_together(32, 256, wide=True) == 4
+    assert config.heads_together(32, 256, wide=True) == 2
     assert config.heads_together(3, 1 << 20) == 1

@@ -29,8 +29,8 @@ def backward_refuses(dtype: torch.dtype, headdim: int, deterministic: bool) -> s
     """Why the portable kernels serve the backward pass of calls whose forward pass these serve, or None."""
     if deterministic:
         return "dq is added up in whatever order programs come to it"
-    if dtype != torch.bfloat16 and not 64 < headdim <= 128:
-        return f"expected bfloat16, or a head dimension from 72 to 128, got {dtype} and {headdim}"
+    if dtype != torch.bfloat16 and headdim <= 64:
+        return f"they are faster for {dtype} and head dimension {headdim}"
     return None
 
 

@@ -15,6 +15,7 @@ from .adapter import (
     fence_async_shared,
     gl,
     gluon,
+    halves,
     mbarrier,
     pack,
     reinterpret,
@@ -248,12 +249,6 @@ def write_gradient(target, at_part, batch, head_kv, key, column: gl.constexpr, x
 
 
 @gluon.jit
-def _halves(x):
-    """[64, 128] -> two of [64, 64]: its columns below 64 and the others."""
-    return gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
-
-
-@gluon.jit
 def _consumer(
     dq, dk, dv, query_lo, query_hi, q_s, k_s, v_s, dout_s, lse_s, delta_s, ds_s, dq_s, kv_full, q_full, q_empty,
     dout_full, ds_full,
@@ -400,8 +395,8 @@ def _consumer(
             dq_memory = reinterpret(dq_c, gl.float32, [1, 1, 1, 64, 64], FP32)
             if DIM == 128:
                 v_memory = reinterpret(v_c, gl.float32, [1, 1, 1, 64, 64], FP32)
-                dv_left, dv_right = _halves(dv_sum)
-                dk_left, dk_right = _halves(dk_sum)
+                dv_left, dv_right = halves(dv_sum, DQ)
+                dk_left, dk_right = halves(dk_sum, DQ)
                 write_gradient(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)
                 write_gradient(dv, part, batch, head_kv, key, 64, dv_right, v_memory, CARRY)
                 tma_wait(1)

@@ -15,6 +15,7 @@ from .adapter import (
     fence_async_shared,
     gl,
     gluon,
+    halves,
     mbarrier,
     pack,
     reinterpret,
@@ -176,13 +177,6 @@ def _form_p(
 
 
 @gluon.jit
-def _halves(x):
-    """[64, 128] -> two of [64, 64], in _SCORES: its columns below 64 and the others."""
-    left, right = gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
-    return gl.convert_layout(left, _SCORES, assert_trivial=True), gl.convert_layout(right, _SCORES, assert_trivial=True)
-
-
-@gluon.jit
 def _write(target, part, batch, head_kv, key, column: gl.constexpr, x, memory, CARRY: gl.constexpr):
     """64 columns of dk or dv, on their way."""
     memory.reshape([64, 64]).store(x)
@@ -200,7 +194,7 @@ def _write_all(
     BEYOND: gl.constexpr, CARRY: gl.constexpr, ROUND: gl.constexpr,
 ):  # fmt: skip
     """All columns of dk or dv, through ``memory`` with PLACES for 64 of them rounded, half as many for fp32."""
-    a, b = _halves(x)
+    a, b = halves(x, _SCORES)
     if ROUND:
         places = reinterpret(memory, memory.dtype, [PLACES, 1, 1, 1, 64, 64], gl.NVMMASharedLayout(128, 16, 5))
         a = a.to(memory.dtype)
@@ -215,7 +209,7 @@ def _write_all(
         tma_wait(0)
         warpgroup_barrier()
     if BEYOND == 128:
-        d, e = _halves(beyond)
+        d, e = halves(beyond, _SCORES)
         _write(target, part, batch, head_kv, key, 128, d, places.index(THIRD), CARRY)
         _write(target, part, batch, head_kv, key, 192, e, places.index(THIRD + 1), CARRY)
     else:

@@ -110,7 +110,7 @@ BACKWARD = {
     128: BackwardConfig(64, 3, 240, 24, 168),
 }
 _KEY_TILES_TOGETHER = 32 * 132
-_WIDE_KEY_TILES_TOGETHER = 8 * 132
+_WIDE_KEY_TILES_TOGETHER = 4 * 132
 
 
 def heads_together(heads: int, key_tiles: int, wide: bool = False) -> int:

@@ -19,13 +19,12 @@ from .adapter import (
     reinterpret,
     tanh,
     tma_load,
-    tma_store,
     tma_wait,
     unpack,
-    warpgroup_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .forward_results import leave, leave_wide, load_wide_carry
 
 
 @gluon.jit
@@ -268,119 +267,6 @@ def _step(
 
 
 @gluon.jit
-def _leave(
-    acc, old_weight, out_acc, out, batch, head, row, r, q_s, stage, stage_full,
-    DIM: gl.constexpr, CARRY: gl.constexpr, KEEP: gl.constexpr, SUMS: gl.constexpr,
-):  # fmt: skip
-    """The results, with those carried in, through ``stage`` to global memory, on their way."""
-    if CARRY:
-        mbarrier.wait(stage_full, r & 1)
-        old = stage.reshape([64, DIM]).load(SUMS)
-        acc += old * gl.convert_layout(old_weight, gl.SliceLayout(1, SUMS))[:, None]
-    else:
-        tma_wait(0)
-        warpgroup_barrier()
-    if KEEP:
-        stage.reshape([64, DIM]).store(acc)
-        fence_async_shared()
-        warpgroup_barrier()
-        tma_store(out_acc, [batch, head, row, 0], stage)
-    if out is not None:
-        if KEEP:
-            tma_wait(0)
-        if KEEP or CARRY:
-            warpgroup_barrier()
-        rounded = stage
-        if CARRY or KEEP:  # half of the memory of fp32
-            rounded = reinterpret(stage, q_s.dtype, [2, 1, 1, 64, DIM], q_s.layout).index(0)
-        rounded.reshape([64, DIM]).store(acc.to(q_s.dtype))
-        fence_async_shared()
-        warpgroup_barrier()
-        tma_store(out, [batch, head, row, 0], rounded)
-
-
-@gluon.jit
-def _halves(x, LAYOUT: gl.constexpr):
-    """[64, 128] -> two of [64, 64]: its columns below 64 and the others."""
-    left, right = gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
-    return (
-        gl.convert_layout(left, LAYOUT, assert_trivial=True),
-        gl.convert_layout(right, LAYOUT, assert_trivial=True),
-    )
-
-
-@gluon.jit
-def _load_wide_carry(out_acc, batch, head, row, column: gl.constexpr, COUNT: gl.constexpr, full, staged):
-    """COUNT times 64 columns of the carried accumulator, once all threads have left the memory that they come to."""
-    warpgroup_barrier()
-    mbarrier.expect(full, COUNT * 64 * 64 * 4)
-    for n in gl.static_range(COUNT):
-        tma_load(out_acc, [batch, head, row, column + 64 * n], full, staged.index(n))
-
-
-@gluon.jit
-def _carry_wide(
-    x, old_weight, out_acc, batch, head, row, column: gl.constexpr, memory,
-    CARRY: gl.constexpr, KEEP: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """64 columns of the result, with those carried in, which ``memory`` holds; to ``out_acc``, on their way."""
-    tile = memory.reshape([64, 64])
-    if CARRY:
-        x += tile.load(LAYOUT) * gl.convert_layout(old_weight, gl.SliceLayout(1, LAYOUT))[:, None]
-    if KEEP:
-        tile.store(x)
-        fence_async_shared()
-        warpgroup_barrier()
-        tma_store(out_acc, [batch, head, row, column], memory)
-    return x
-
-
-@gluon.jit
-def _leave_wide(
-    acc, acc_beyond, old_weight, out_acc, out, batch, head, row, q_c, stage_full,
-    BEYOND: gl.constexpr, CARRY: gl.constexpr, KEEP: gl.constexpr,
-):  # fmt: skip
-    """The results of more than 128 columns leave by the memory of their queries, 64 columns at a time; as fp32, and so
-    carried in, there is room for 128. Of these the first have been asked for, and are waited for here."""
-    STAGE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 32, 4)
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    staged = reinterpret(q_c, gl.float32, [2, 1, 1, 64, 64], STAGE_LAYOUT)
-    a, b = _halves(acc, LAYOUT)
-    if BEYOND == 128:
-        d, e = _halves(acc_beyond, LAYOUT)
-    else:
-        d = acc_beyond
-    if CARRY:
-        mbarrier.wait(stage_full, 0)
-    if CARRY or KEEP:
-        a = _carry_wide(a, old_weight, out_acc, batch, head, row, 0, staged.index(0), CARRY, KEEP, LAYOUT)
-        b = _carry_wide(b, old_weight, out_acc, batch, head, row, 64, staged.index(1), CARRY, KEEP, LAYOUT)
-        tma_wait(0)
-        if CARRY:
-            _load_wide_carry(out_acc, batch, head, row, 128, BEYOND // 64, stage_full, staged)
-            mbarrier.wait(stage_full, 1)
-        else:
-            warpgroup_barrier()
-        d = _carry_wide(d, old_weight, out_acc, batch, head, row, 128, staged.index(0), CARRY, KEEP, LAYOUT)
-        if BEYOND == 128:
-            e = _carry_wide(e, old_weight, out_acc, batch, head, row, 192, staged.index(1), CARRY, KEEP, LAYOUT)
-    if out is not None:
-        tma_wait(0)
-        warpgroup_barrier()
-        rounded = reinterpret(q_c, q_c.dtype, [4, 1, 1, 64, 64], q_c.layout)
-        rounded.index(0).reshape([64, 64]).store(a.to(q_c.dtype))
-        rounded.index(1).reshape([64, 64]).store(b.to(q_c.dtype))
-        rounded.index(2).reshape([64, 64]).store(d.to(q_c.dtype))
-        if BEYOND == 128:
-            rounded.index(3).reshape([64, 64]).store(e.to(q_c.dtype))
-        fence_async_shared()
-        warpgroup_barrier()
-        for n in gl.static_range(2 + BEYOND // 64):
-            tma_store(out, [batch, head, row, 64 * n], rounded.index(n))
-    tma_wait(0)
-
-
-@gluon.jit
 def _consumer(
     lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total, at_once, offset,
@@ -471,7 +357,7 @@ def _consumer(
             mbarrier.arrive(q_empty.index(c), count=1)
         elif CARRY:
             staged = reinterpret(q_s.index(c), gl.float32, [2, 1, 1, 64, 64], gl.NVMMASharedLayout(128, 32, 4))
-            _load_wide_carry(out_acc, batch, head, row + 64 * c, 0, 2, stage_full.index(c), staged)
+            load_wide_carry(out_acc, batch, head, row + 64 * c, 0, 2, stage_full.index(c), staged)
         i += masked + full
         before = (i - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
@@ -498,13 +384,13 @@ def _consumer(
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, acc_beyond = _scaled(acc, acc_beyond, weight, BEYOND, SUMS, SUMS_BEYOND)
         if BEYOND:
-            _leave_wide(
+            leave_wide(
                 acc, acc_beyond, old_weight_now, out_acc, out, batch, head, row + 64 * c, q_s.index(c),
                 stage_full.index(c), BEYOND, CARRY, KEEP,
             )  # fmt: skip
             mbarrier.arrive(q_empty.index(c), count=1)
         else:
-            _leave(
+            leave(
                 acc, old_weight_now, out_acc, out, batch, head, row + 64 * c, r, q_s, stage_s.index(c),
                 stage_full.index(c), DIM, CARRY, KEEP, SUMS,
             )  # fmt: skip
