@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from . import kernels
 from .kernels.cuda import building, library
-from .kernels.triton import portable_because
+from .kernels.triton import hopper, portable_because
 from .mask import MaskKind
 
 _PACKAGES = ("seqpar_attn", "torch", "triton", "transformers", "accelerate", "flash_attn", "flash-attn-4", "numpy")
@@ -85,13 +85,17 @@ def _triton_kernels(devices: list[torch.device]) -> list[dict[str, Any]]:
     for device in devices:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for deterministic in (False, True):
-                why = portable_because(device, dtype, 128, deterministic)
+                why = portable_because(device, dtype, 128)
+                found = "portable" if why else "hopper"
+                if not why:
+                    why = hopper.backward_refuses(dtype, 128, deterministic)
+                    found = "hopper, backward portable" if why else found
                 row = {
                     "device": str(device),
                     "dtype": str(dtype).removeprefix("torch."),
                     "deterministic": deterministic,
                 }
-                rows.append(row | {"kernels": "portable" if why else "hopper", "why": why})
+                rows.append(row | {"kernels": found, "why": why})
     return rows
 
 

@@ -52,7 +52,8 @@ def compile_kernel(kernel, tiles: dict[str, str], constants: dict, chosen):
 
 
 def forward(
-    dtype="bf16", dim=128, kind=FULL, even=True, carry=False, keep=False, out=True, softcap=False, chosen=None
+    dtype="bf16", dim=128, kind=FULL, even=True, carry=False, keep=False, out=True, softcap=False, chosen=None,
+    headdim=None,
 ):  # fmt: skip
     from seqpar_attn.kernels.triton.common import KIND_NUMBER
     from seqpar_attn.kernels.triton.hopper.forward import forward_kernel
@@ -63,14 +64,16 @@ def forward(
     constants = {
         "KIND": KIND_NUMBER[kind], "EVEN": even, "CARRY": carry, "KEEP": keep, "SOFTCAP": softcap,
         "KEYS": chosen.keys, "DIM": dim, "STAGES": chosen.stages, "CONSUMERS": chosen.consumers,
-        "PINGPONG": chosen.pingpong, "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
+        "PINGPONG": chosen.pingpong, "BEYOND": config.beyond(headdim or dim),
+        "REGISTERS": chosen.registers, "PRODUCER_REGISTERS": chosen.producer_registers,
     }  # fmt: skip
+    results = rows if dim <= 128 else [1, 1, 64, 64]
     if carry or keep:
-        tiles["out_acc"] = tile("fp32", rows)
+        tiles["out_acc"] = tile("fp32", results)
     else:
         constants["out_acc"] = None
     if out:
-        tiles["out"] = tile(dtype, rows)
+        tiles["out"] = tile(dtype, results)
     else:
         constants["out"] = None
     if kind is not INTERVAL:
@@ -94,6 +97,23 @@ def backward(dtype="bf16", dim=128, kind=FULL, carry=False, rounded=False, softc
     if kind is not INTERVAL:
         constants |= {"query_lo": None, "query_hi": None}
     return compile_kernel(backward_kernel, tiles | {"dk": gradient, "dv": gradient}, constants, chosen)
+
+
+def backward_wide(dtype="bf16", headdim=256, kind=FULL, carry=False, rounded=False, softcap=False):
+    from seqpar_attn.kernels.triton.common import KIND_NUMBER
+    from seqpar_attn.kernels.triton.hopper.backward_wide import backward_wide_kernel
+
+    rows, keys = tile(dtype, [1, 1, 64, 256]), tile(dtype, [1, 1, 1, 64, 256])
+    gradient = tile(dtype if rounded else "fp32", [1, 1, 1, 64, 64])
+    tiles = {"q": rows, "k": keys, "v": keys, "dout": tile(dtype, [1, 1, 64, 128]), "dk": gradient, "dv": gradient}
+    constants = {
+        "KIND": KIND_NUMBER[kind], "SOFTCAP": softcap, "CARRY": carry, "ROUND": rounded, "PERMUTED": True,
+        "SHIFT": 14 if dtype == "bf16" else 0, "BEYOND": config.beyond(headdim),
+    }  # fmt: skip
+    if kind is not INTERVAL:
+        constants |= {"query_lo": None, "query_hi": None}
+    tiles["dq"] = tile("fp32", [1, 1, 64, 64])
+    return compile_kernel(backward_wide_kernel, tiles, constants, config.BACKWARD_WIDE_TILE)
 
 
 def serialised(compiled, folder: Path) -> list[str]:
@@ -128,15 +148,19 @@ FORWARD_CASES = {
     "intervals": ({"kind": INTERVAL, "carry": True}, 0),
     "causal-softcap": ({"kind": CAUSAL, "softcap": True}, 0),
     "full-64": ({"dim": 64, "keep": True, "out": False}, 0),
+    "full-256": ({"dim": 256}, 0),
+    "causal-256-both": ({"dim": 256, "kind": CAUSAL, "carry": True, "keep": True}, 0),
+    "intervals-192": ({"dim": 256, "headdim": 192, "kind": INTERVAL, "carry": True}, 0),
+    "causal-256-softcap-fp16": ({"dim": 256, "dtype": "fp16", "kind": CAUSAL, "softcap": True}, 0),
     "causal-64-tall": ({"dim": 64, "kind": CAUSAL, "chosen": config.FORWARD_TALL[64]}, 16),  # in masked tiles only
 }
-# A few addresses; intervals and the temporaries of tanh take more, and fp16, which keeps P in fp32, most.
+# A few addresses; intervals and the temporaries of tanh take more.
 BACKWARD_CASES = {
     "full-rounded": ({"rounded": True}, 8),
     "causal-continue": ({"kind": CAUSAL, "carry": True}, 8),
     "intervals": ({"kind": INTERVAL, "carry": True}, 24),
     "causal-softcap": ({"kind": CAUSAL, "softcap": True}, 64),
-    "causal-fp16": ({"kind": CAUSAL, "dtype": "fp16"}, 128),
+    "causal-fp16": ({"kind": CAUSAL, "dtype": "fp16"}, 8),
     "causal-64": ({"dim": 64, "kind": CAUSAL, "carry": True}, 8),
 }
 
@@ -167,6 +191,28 @@ def test_backward(case: dict, spilled: int, tmp_path: Path) -> None:
     assert serialised(compiled, tmp_path) == []
     if triton.__version__.startswith("3.6."):
         assert max(spills(compiled, tmp_path)) <= spilled, spills(compiled, tmp_path)
+
+
+WIDE_CASES = {
+    "full-rounded": {"rounded": True},
+    "causal-continue": {"kind": CAUSAL, "carry": True},
+    "intervals-192": {"kind": INTERVAL, "headdim": 192},
+    "causal-softcap": {"kind": CAUSAL, "softcap": True},
+    "causal-fp16": {"kind": CAUSAL, "dtype": "fp16"},
+}
+
+
+@pytest.mark.parametrize("case", WIDE_CASES.values(), ids=WIDE_CASES.keys())
+def test_backward_wide(case: dict, tmp_path: Path) -> None:
+    compiled = backward_wide(**case)
+    found = resources(compiled, tmp_path)
+    assert found["shared"] <= 227 * 1024, found
+    assert found["HGMMA"] > 0, found
+    tma = tma_instructions(compiled, tmp_path)
+    assert tma["UTMALDG"] > 0 and tma["UTMAREDG"] > 0, tma
+    if triton.__version__.startswith("3.6."):  # under 3.9 the products of 256 columns wait for each other
+        assert serialised(compiled, tmp_path) == []
+        assert max(spills(compiled, tmp_path)) == 0, spills(compiled, tmp_path)
 
 
 def test_variables_that_a_loop_hands_on(tmp_path: Path) -> None:

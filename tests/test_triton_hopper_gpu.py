@@ -25,7 +25,7 @@ def kernel():
     """Skip on other GPUs; a Hopper that these kernels should serve must not be refused."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("expected compute capability 9.0")
-    assert hopper.refuses(GPU, torch.bfloat16, 128, False) is None
+    assert hopper.refuses(GPU, torch.bfloat16, 128) is None and hopper.refuses(GPU, torch.float16, 256) is None
     found = kernels.resolve("triton", GPU, torch.bfloat16, 128, frozenset(MaskKind))
     assert type(found).__name__ == "HopperKernel"
     return found
@@ -62,18 +62,37 @@ LONG = [
 ]
 
 
+@pytest.mark.parametrize("headdim", [192, 256])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_wide_fp16(kernel, case: Case, headdim: int) -> None:
+    check(kernel, dataclasses.replace(case, headdim=headdim), torch.float16, "cuda", times=2)
+
+
+@pytest.mark.parametrize("headdim", [192, 256])
+@pytest.mark.parametrize("case", [*ALL, *LONG[:5]], ids=str)
+def test_wide_bf16(kernel, case: Case, headdim: int) -> None:
+    check(kernel, dataclasses.replace(case, headdim=headdim), torch.bfloat16, "cuda", times=2)
+
+
+@pytest.mark.parametrize("headdim", [136, 160, 184, 200, 248])
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+def test_wide_headdim(kernel, headdim: int, mask: str) -> None:
+    case = Case(f"d{headdim}-{mask}", 517, 700, mask, offset=0 if mask == "full" else 150, nheads=4, headdim=headdim)
+    check(kernel, case, torch.bfloat16, "cuda", times=2)
+
+
 @pytest.mark.parametrize("headdim", [64, 128])
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long(kernel, case: Case, headdim: int) -> None:
     check(kernel, dataclasses.replace(case, headdim=headdim), torch.bfloat16, "cuda", times=2)
 
 
-@pytest.mark.parametrize("headdim", [32, 128])
+@pytest.mark.parametrize("headdim", [32, 128, 192, 256])
 def test_nan(kernel, headdim: int) -> None:
     check_nan(kernel, torch.bfloat16, "cuda", headdim)
 
 
-@pytest.mark.parametrize("headdim", [32, 128])
+@pytest.mark.parametrize("headdim", [32, 128, 192, 256])
 def test_keep(kernel, headdim: int) -> None:
     check_keep(kernel, torch.bfloat16, "cuda", headdim)
 
@@ -84,9 +103,11 @@ def test_who_serves(kernel) -> None:
     def serving(dtype: torch.dtype, headdim: int, deterministic: bool) -> type:
         return type(kernels.resolve("triton", GPU, dtype, headdim, kinds, None, deterministic))
 
-    assert serving(torch.float16, 64, False) is type(kernel)
-    assert serving(torch.bfloat16, 128, True) is TritonKernel
-    assert serving(torch.bfloat16, 136, False) is TritonKernel
+    assert serving(torch.float16, 128, False) is type(kernel)
+    assert serving(torch.bfloat16, 136, False) is type(kernel)
+    assert serving(torch.float16, 64, False).__name__ == "HopperForward"
+    assert serving(torch.bfloat16, 128, True).__name__ == "HopperForward"
+    assert serving(torch.float16, 136, False) is type(kernel)
     assert serving(torch.float32, 128, False) is TritonKernel
 
 

@@ -28,17 +28,18 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _hopper() -> Kernel:
-    from .hopper.kernel import HopperKernel
+def _hopper(backward: bool) -> Kernel:
+    from .hopper.kernel import HopperForward, HopperKernel
 
-    return HopperKernel()
+    return HopperKernel() if backward else HopperForward()
 
 
-def portable_because(device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> str | None:
-    """Why calls that this backend serves get the portable kernels, or None: those for Hopper serve them."""
+def portable_because(device: torch.device, dtype: torch.dtype, headdim: int) -> str | None:
+    """Why calls that this backend serves get the portable kernels, or None: those for Hopper serve them, if not their
+    backward pass as well."""
     if interpreted():
         return "TRITON_INTERPRET=1 is set"
-    return hopper.refuses(device, dtype, headdim, deterministic)
+    return hopper.refuses(device, dtype, headdim)
 
 
 @functools.cache
@@ -95,7 +96,9 @@ class TritonKernel(PlainKernel):
         return None
 
     def serving(self, device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> Kernel:
-        return self if portable_because(device, dtype, headdim, deterministic) else _hopper()
+        if portable_because(device, dtype, headdim):
+            return self
+        return _hopper(hopper.backward_refuses(dtype, headdim, deterministic) is None)
 
     def forward(
         self,

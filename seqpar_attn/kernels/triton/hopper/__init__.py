@@ -25,17 +25,24 @@ def _missing() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtype: torch.dtype, headdim: int, deterministic: bool) -> str | None:
+def backward_refuses(dtype: torch.dtype, headdim: int, deterministic: bool) -> str | None:
+    """Why the portable kernels serve the backward pass of calls whose forward pass these serve, or None."""
+    if deterministic:
+        return "dq is added up in whatever order programs come to it"
+    if dtype != torch.bfloat16 and headdim <= 64:
+        return f"they are faster for {dtype} and head dimension {headdim}"
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype, headdim: int) -> str | None:
     """Why the portable kernels serve such calls and not these, or None.
 
     Nothing else decides, above all nothing of a block: what is in dq until ``finish_dq`` differs between the two.
     """
-    if deterministic:
-        return "dq is added up in whatever order programs come to it"
     if dtype not in _DTYPES:
         return f"expected bfloat16 or float16, got {dtype}"
-    if headdim % 8 or not 8 <= headdim <= 128:
-        return f"expected a head dimension that is a multiple of 8 and at most 128, got {headdim}"
+    if headdim % 8 or not 8 <= headdim <= 256:
+        return f"expected a head dimension that is a multiple of 8 and at most 256, got {headdim}"
     if device.type != "cuda":
         return f"expected a GPU, got {device}"
     found = architecture(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)

@@ -23,6 +23,7 @@ __all__ = [
     "fence_async_shared",
     "gl",
     "gluon",
+    "halves",
     "held_back",
     "mbarrier",
     "named_barrier",
@@ -113,6 +114,16 @@ def unpack(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     odd = (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
     x = gl.reshape(gl.join(even, odd), [x.shape[0], x.shape[1] * 2])
     return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def halves(x, LAYOUT: gl.constexpr):
+    """[64, 128] -> two of [64, 64] in LAYOUT, where that takes no exchange: its columns below 64 and the others."""
+    left, right = gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
+    return (
+        gl.convert_layout(left, LAYOUT, assert_trivial=True),
+        gl.convert_layout(right, LAYOUT, assert_trivial=True),
+    )
 
 
 @gluon.jit

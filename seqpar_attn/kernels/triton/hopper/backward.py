@@ -15,6 +15,7 @@ from .adapter import (
     fence_async_shared,
     gl,
     gluon,
+    halves,
     mbarrier,
     pack,
     reinterpret,
@@ -36,7 +37,7 @@ _NO_TILE = gl.constexpr(((1 << 19) - 1) << 12)  # queries that do not exist
 
 
 @gluon.jit
-def _work(
+def program_work(
     seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi,
     QUERIES: gl.constexpr, KEYS: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
@@ -67,7 +68,7 @@ def _work(
 
 
 @gluon.jit
-def _walk(i, group, first, end, down):
+def step_tile(i, group, first, end, down):
     """(query tile, head in the group) of step ``i``: heads take turns with a query tile. Past the last, that again."""
     step = gl.minimum(i, (end - first) * group - 1)
     tile = step // group
@@ -80,7 +81,7 @@ def _producer(
     seqlen_q, seqlen_k, parts, nheads_kv, group, heads_total, together, wave, offset,
     KIND: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    head_index, part, key, first, end, down = _work(
+    head_index, part, key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = head_index // nheads_kv
@@ -93,7 +94,7 @@ def _producer(
             tma_load(v, [part, batch, head_kv, key + 64 * c, 0], kv_full.index(0), v_s.index(c))
         # One tile of queries more than there are steps: a step looks ahead to the next one's scores.
         for i in range(0, steps + 1):
-            tile, h = _walk(i, group, first, end, down)
+            tile, h = step_tile(i, group, first, end, down)
             head = head_kv * group + h
             slot = i % Q_STAGES
             mbarrier.wait(q_empty.index(slot), ((i // Q_STAGES) & 1) ^ 1)
@@ -116,7 +117,7 @@ def _loader(
     """(SHIFT - lse in powers of two) times ``lse_factor``, and -delta, of each query tile: the copy engine could not,
     for slices of lse along the sequence begin anywhere. Rows without keys and rows that do not exist get -inf and 0,
     which makes their P and dS 0."""
-    head_index, _part, _key, first, end, down = _work(
+    head_index, _part, _key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = (head_index // nheads_kv).to(gl.int64)
@@ -124,7 +125,7 @@ def _loader(
     steps = (end - first) * group
     rows = gl.arange(0, QUERIES, gl.BlockedLayout([QUERIES // 32], [32], [1], [0]))
     for i in range(0, gl.where(steps > 0, steps + 1, 0)):
-        tile, h = _walk(i, group, first, end, down)
+        tile, h = step_tile(i, group, first, end, down)
         head = (head_kv * group + h).to(gl.int64)
         row = tile * QUERIES + rows
         slot = i % Q_STAGES
@@ -181,11 +182,21 @@ def _probabilities(
 
 
 @gluon.jit
-def _unpacked(p, PACKED: gl.constexpr, SCORES: gl.constexpr):
-    if PACKED:
-        return unpack(p, gl.float16, SCORES).to(gl.float32)
+def kept(p, SPLIT: gl.constexpr, SCORES: gl.constexpr):
+    """P in fp16, and if SPLIT 2^24 times what that lacks."""
+    high = pack(p, gl.float16)
+    if SPLIT:
+        return high, pack((p - unpack(high, gl.float16, SCORES).to(gl.float32)) * 16777216.0, gl.float16)
     else:
-        return p
+        return high, 0
+
+
+@gluon.jit
+def whole(high, low, SPLIT: gl.constexpr, SCORES: gl.constexpr):
+    p = unpack(high, gl.float16, SCORES).to(gl.float32)
+    if SPLIT:
+        p += unpack(low, gl.float16, SCORES).to(gl.float32) * (1 / 16777216.0)
+    return p
 
 
 @gluon.jit
@@ -208,7 +219,7 @@ def _dq(ds_s, k_s, slot, zero, c: gl.constexpr, DIM: gl.constexpr, QUERIES: gl.c
 
 
 @gluon.jit
-def _store_dq(dq_c, dq, PERMUTED: gl.constexpr):
+def store_dq(dq_c, dq, PERMUTED: gl.constexpr):
     """[64, 64] to shared memory. Of 32 columns, a thread's eight come together (``dq_position``)."""
     if PERMUTED:
         dq = gl.reshape(gl.permute(gl.reshape(dq, [64, 2, 4, 4, 2]), [0, 1, 3, 2, 4]), [64, 64])
@@ -226,7 +237,7 @@ def _add_dq(dq, dq_c, batch, first_head, at, c: gl.constexpr, QUERIES: gl.conste
 
 
 @gluon.jit
-def _write(target, at_part, batch, head_kv, key, column: gl.constexpr, x, memory, CARRY: gl.constexpr):
+def write_gradient(target, at_part, batch, head_kv, key, column: gl.constexpr, x, memory, CARRY: gl.constexpr):
     """A tile of dk or dv, through shared memory that the copy engine has read."""
     memory.reshape([x.shape[0], x.shape[1]]).store(x)
     fence_async_shared()
@@ -235,12 +246,6 @@ def _write(target, at_part, batch, head_kv, key, column: gl.constexpr, x, memory
         tma_add(target, [at_part, batch, head_kv, key, column], memory)
     else:
         tma_store(target, [at_part, batch, head_kv, key, column], memory)
-
-
-@gluon.jit
-def _halves(x):
-    """[64, 128] -> two of [64, 64]: its columns below 64 and the others."""
-    return gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
 
 
 @gluon.jit
@@ -257,10 +262,10 @@ def _consumer(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    # Where P is fp16 of 2^14 P while it waits for dP, there are registers for the next scores meanwhile. For fp16
-    # inputs that would add to the error of dS.
-    PACKED: gl.constexpr = SHIFT > 0
-    head_index, part, tile_key, first, end, down = _work(
+    # P waits for dP as fp16 of 2^14 P, and there are registers for the next scores meanwhile. For fp16 inputs that
+    # would add to the error of dS: there it waits as its operand for dV and the rest.
+    SPLIT: gl.constexpr = SHIFT == 0
+    head_index, part, tile_key, first, end, down = program_work(
         seqlen_q, seqlen_k, parts, heads_total, together, wave, offset, query_lo, query_hi, QUERIES, KEYS, KIND
     )
     batch = head_index // nheads_kv
@@ -291,8 +296,7 @@ def _consumer(
             s, lse_s, 0, at // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k, offset,
             pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
         )  # fmt: skip
-        if PACKED:
-            p = pack(p, gl.float16)
+        p, p_rest = kept(p, SPLIT, SCORES)
         # Beside the first tile, a product of stale memory: added to queries that do not exist.
         late = at * 0 + _NO_TILE
         stored = late
@@ -311,7 +315,9 @@ def _consumer(
                 + delta_s.index(dout_slot).load(gl.SliceLayout(0, SCORES))[None, :]
             )
             dp = warpgroup_mma(v_s.index(c + zero).reshape([64, DIM]), dout_tile.permute((1, 0)), dp, is_async=True)
-            p_operand = _unpacked(p, PACKED, SCORES).to(q_s.dtype)
+            p_operand = unpack(p, gl.float16, SCORES)
+            if not SPLIT:
+                p_operand = p_operand.to(gl.float32).to(q_s.dtype)
             dv_sum = warpgroup_mma(gl.convert_layout(p_operand, OPERAND), dout_tile, dv_sum, is_async=True)
             # dQ of the last step, stored long enough ago that the fence does not wait.
             fence_async_shared()
@@ -319,10 +325,9 @@ def _consumer(
             _add_dq(dq, dq_c, batch, first_head, stored, c, QUERIES, DIM)
             dp, dv_sum = warpgroup_mma_wait(0, [dp, dv_sum])
             k_c = k_s.index(c + zero).reshape([64, DIM])
-            if PACKED:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
-            p = _unpacked(p, PACKED, SCORES)
+            mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
+            s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
+            p = whole(p, p_rest, SPLIT, SCORES)
             ds = p * dp
             if SOFTCAP:
                 # The derivative of the cap, from P: to keep the capped scores would take too many registers.
@@ -330,9 +335,6 @@ def _consumer(
                 capped = gl.where(p == 0.0, 0.0, (gl.log2(p) - shifted) / post_scale)
                 ds = ds * (1.0 - capped * capped)
             ds = ds.to(q_s.dtype)
-            if not PACKED:
-                mbarrier.wait(q_full.index(q_next), ((i + 1) // Q_STAGES) & 1)
-                s = _scores(k_c, q_s, lse_s, q_next, QUERIES, SOFTCAP, SCORES)
             # Both warpgroups' dS of the step before. It also says that nobody reads the slot that is written now.
             slot = i & 1
             mbarrier.wait(ds_full.index(slot ^ 1), ((i - 1) >> 1) & 1, pred=i > 0)
@@ -346,15 +348,14 @@ def _consumer(
                 s, lse_s, q_next, following // _TILE * QUERIES, key, inner_lo, inner_hi, query_lo, query_hi, seqlen_k,
                 offset, pre_scale, post_scale, KIND, SOFTCAP, QUERIES, SCORES,
             )  # fmt: skip
-            if PACKED:
-                p = pack(p, gl.float16)
+            p, p_rest = kept(p, SPLIT, SCORES)
             late_dq = warpgroup_mma_wait(1, [late_dq])
             fence_async_shared()
             tma_wait(0)
             # All threads meet here: the dQ before has left its memory for all of them. The producers take it for the
             # sign that dout has been read.
             mbarrier.arrive(ds_full.index(slot), count=1)
-            _store_dq(dq_c, late_dq, PERMUTED)
+            store_dq(dq_c, late_dq, PERMUTED)
             # Plus zero, here and below: what is handed from one variable that the loop carries to another that began
             # with the same value, Triton's compiler takes for that value for ever.
             stored = late + zero
@@ -371,7 +372,7 @@ def _consumer(
         late_dq = warpgroup_mma_wait(0, [_dq(ds_s, k_s, slot, 0, c, DIM, QUERIES, DQ)])
         tma_wait(0)
         warpgroup_barrier()
-        _store_dq(dq_c, late_dq, PERMUTED)
+        store_dq(dq_c, late_dq, PERMUTED)
         fence_async_shared()
         warpgroup_barrier()
         _add_dq(dq, dq_c, batch, first_head, late, c, QUERIES, DIM)
@@ -387,28 +388,28 @@ def _consumer(
         v_c = v_s.index(c)
         if ROUND:
             dq_memory = reinterpret(dq_c, q_s.dtype, [128 // DIM, 1, 1, 1, 64, DIM], v_s.layout).index(0)
-            _write(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
-            _write(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
+            write_gradient(dv, part, batch, head_kv, key, 0, dv_sum.to(q_s.dtype), dq_memory, CARRY)
+            write_gradient(dk, part, batch, head_kv, key, 0, dk_sum.to(q_s.dtype), v_c, CARRY)
         else:
             FP32: gl.constexpr = gl.NVMMASharedLayout(128, 32, 5)
             dq_memory = reinterpret(dq_c, gl.float32, [1, 1, 1, 64, 64], FP32)
             if DIM == 128:
                 v_memory = reinterpret(v_c, gl.float32, [1, 1, 1, 64, 64], FP32)
-                dv_left, dv_right = _halves(dv_sum)
-                dk_left, dk_right = _halves(dk_sum)
-                _write(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)
-                _write(dv, part, batch, head_kv, key, 64, dv_right, v_memory, CARRY)
+                dv_left, dv_right = halves(dv_sum, DQ)
+                dk_left, dk_right = halves(dk_sum, DQ)
+                write_gradient(dv, part, batch, head_kv, key, 0, dv_left, dq_memory, CARRY)
+                write_gradient(dv, part, batch, head_kv, key, 64, dv_right, v_memory, CARRY)
                 tma_wait(1)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 0, dk_left, dq_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 0, dk_left, dq_memory, CARRY)
                 tma_wait(1)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 64, dk_right, v_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 64, dk_right, v_memory, CARRY)
             else:
-                _write(dv, part, batch, head_kv, key, 0, dv_sum, dq_memory, CARRY)
+                write_gradient(dv, part, batch, head_kv, key, 0, dv_sum, dq_memory, CARRY)
                 tma_wait(0)
                 warpgroup_barrier()
-                _write(dk, part, batch, head_kv, key, 0, dk_sum, dq_memory, CARRY)
+                write_gradient(dk, part, batch, head_kv, key, 0, dk_sum, dq_memory, CARRY)
     tma_wait(0)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..config import Tile
 
-HEADDIMS = (64, 128)
+HEADDIMS = (64, 128, 256)
 """Padded head dimensions that have kernels."""
 
 
@@ -38,6 +38,7 @@ class ForwardConfig:
 FORWARD = {
     64: ForwardConfig(2, 128, 4, True, 240, 24, 168),
     128: ForwardConfig(2, 128, 2, True, 240, 24, 168),
+    256: ForwardConfig(2, 64, 2, True, 240, 24, 168),
 }
 FORWARD_TALL = {64: ForwardConfig(3, 128, 4, False, 160, 32, 128)}
 """Faster per row, but a tile's rows divide fewer lengths. Spills with a soft cap or intervals."""
@@ -62,7 +63,12 @@ def choose_forward(headdim: int, plain: bool, seqlen_q: int, heads: int, program
 
 def padded(headdim: int) -> int:
     """Columns past the head dimension are zeros that the copy engine fills in, and are never stored."""
-    return 64 if headdim <= 64 else 128
+    return 64 if headdim <= 64 else 128 if headdim <= 128 else 256
+
+
+def beyond(headdim: int) -> int:
+    """How many columns past 128 the forward kernel multiplies: of 256 that it has memory for, 192 may do."""
+    return 0 if headdim <= 128 else 64 if headdim <= 192 else 128
 
 
 _L2_BYTES_FOR_KEYS = 40_000_000
@@ -95,19 +101,24 @@ class BackwardConfig:
 
 
 BACKWARD_KEYS = 128
+BACKWARD_WIDE_KEYS = 64
+BACKWARD_WIDE_TILE = Tile(64, BACKWARD_WIDE_KEYS, 4, 1, tma=True, maxnreg=128)
+"""For more than 128 columns, whose kernel has one configuration: its tiles fill shared memory and all registers."""
 # By padded head dimension; queries times that is always 8192: two warpgroups share a tile of dQ.
 BACKWARD = {
     64: BackwardConfig(128, 3, 240, 24, 168),
     128: BackwardConfig(64, 3, 240, 24, 168),
 }
 _KEY_TILES_TOGETHER = 32 * 132
+_WIDE_KEY_TILES_TOGETHER = 4 * 132
 
 
-def heads_together(heads: int, key_tiles: int) -> int:
+def heads_together(heads: int, key_tiles: int, wide: bool = False) -> int:
     """Key heads that take turns tile by tile. All together, the longest tiles of all of them go first and none of them
     is last; but after more than some 32 waves of programs these do not begin together any more (see csrc's
     ``key_heads_at_once``, which found that)."""
-    while heads > 1 and heads * key_tiles > _KEY_TILES_TOGETHER:
+    most = _WIDE_KEY_TILES_TOGETHER if wide else _KEY_TILES_TOGETHER
+    while heads > 1 and heads * key_tiles > most:
         heads = -(-heads // 2)
     return heads
 

@@ -19,13 +19,12 @@ from .adapter import (
     reinterpret,
     tanh,
     tma_load,
-    tma_store,
     tma_wait,
     unpack,
-    warpgroup_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .forward_results import leave, leave_wide, load_wide_carry
 
 
 @gluon.jit
@@ -150,14 +149,14 @@ def _producer(
                     mbarrier.wait(q_empty.index(c), (r & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), 64 * DIM * 2)
                     tma_load(q, [batch, head, row + 64 * c, 0], q_full.index(c), q_s.index(c))
-            if CARRY:  # noqa: SIM102
+            if CARRY and DIM <= 128:  # noqa: SIM102
                 if j == STAGES:  # the consumers have come to this tile: they give the stage up for it
                     _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), KEYS * DIM * 2)
             tma_load(v, [part, batch, head_kv, start, 0], v_full.index(slot), v_s.index(slot))
             i += 1
-        if CARRY:  # noqa: SIM102
+        if CARRY and DIM <= 128:  # noqa: SIM102
             if masked + full <= STAGES:
                 _load_carry(out_acc, batch, head, row, r, stage_s, stage_full, stage_empty, DIM, CONSUMERS)
 
@@ -187,35 +186,84 @@ def _softmax(
 
 
 @gluon.jit
+def _scores(q_c, k_s, slot, KEYS: gl.constexpr, BEYOND: gl.constexpr, SCORES: gl.constexpr):
+    """[64, KEYS], on their way."""
+    k_tile = k_s.index(slot).reshape([k_s.shape[4], k_s.shape[5]])
+    s = gl.zeros([64, KEYS], gl.float32, SCORES)
+    if BEYOND == 64:
+        keys = k_tile.slice(0, 128, dim=1).permute((1, 0))
+        s = warpgroup_mma(q_c.slice(0, 128, dim=1), keys, s, use_acc=False, is_async=True)
+        keys = k_tile.slice(128, 64, dim=1).permute((1, 0))
+        return warpgroup_mma(q_c.slice(128, 64, dim=1), keys, s, is_async=True)
+    else:
+        return warpgroup_mma(q_c, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _values(
+    p, v_s, slot, acc, acc_beyond, BEYOND: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+    SUMS_BEYOND: gl.constexpr,
+):  # fmt: skip
+    """``acc``, and ``acc_beyond`` of the columns from 128 on, with the packed probabilities' values, on their way."""
+    v_tile = v_s.index(slot).reshape([v_s.shape[4], v_s.shape[5]])
+    p = unpack(p, v_s.dtype, SCORES)
+    operand = gl.convert_layout(p, gl.DotOperandLayout(0, SUMS, 2))
+    if BEYOND:
+        acc = warpgroup_mma(operand, v_tile.slice(0, 128, dim=1), acc, is_async=True)
+        operand = gl.convert_layout(p, gl.DotOperandLayout(0, SUMS_BEYOND, 2))
+        acc_beyond = warpgroup_mma(operand, v_tile.slice(128, BEYOND, dim=1), acc_beyond, is_async=True)
+    else:
+        acc = warpgroup_mma(operand, v_tile, acc, is_async=True)
+    return acc, acc_beyond
+
+
+@gluon.jit
+def _awaited(acc, acc_beyond, BEYOND: gl.constexpr):
+    if BEYOND:
+        return warpgroup_mma_wait(0, [acc, acc_beyond])
+    else:
+        return warpgroup_mma_wait(0, [acc]), acc_beyond
+
+
+@gluon.jit
+def _scaled(
+    acc, acc_beyond, factor, BEYOND: gl.constexpr, SUMS: gl.constexpr, SUMS_BEYOND: gl.constexpr
+):  # fmt: skip
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, SUMS))[:, None]
+    if BEYOND:
+        acc_beyond = acc_beyond * gl.convert_layout(factor, gl.SliceLayout(1, SUMS_BEYOND))[:, None]
+    return acc, acc_beyond
+
+
+@gluon.jit
 def _step(
-    i, key, q_c, k_s, v_s, k_full, k_empty, v_full, v_empty, acc, peak, total, p, lo, hi, pre_scale, post_scale,
+    i, key, q_c, k_s, v_s, k_full, k_empty, v_full, v_empty, acc, acc_beyond, peak, total, p, lo, hi,
+    pre_scale, post_scale,
     c: gl.constexpr, MASKED: gl.constexpr, KIND: gl.constexpr, SOFTCAP: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, PINGPONG: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+    STAGES: gl.constexpr, PINGPONG: gl.constexpr, BEYOND: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+    SUMS_BEYOND: gl.constexpr,
 ):  # fmt: skip
     """Scores of key tile i beside the product of the tile before, whose probabilities are ``p``."""
     slot = i % STAGES
     before = (i - 1) % STAGES
-    nothing = gl.zeros([64, KEYS], gl.float32, SCORES)
+    PRODUCTS: gl.constexpr = 2 if BEYOND else 1
     mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
     if PINGPONG:
         named_barrier("sync", "9" if c else "8")
-    k_tile = k_s.index(slot).reshape([k_s.shape[4], k_s.shape[5]])
-    s = warpgroup_mma(q_c, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s = _scores(q_c, k_s, slot, KEYS, BEYOND, SCORES)
     mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-    v_tile = v_s.index(before).reshape([v_s.shape[4], v_s.shape[5]])
-    p = gl.convert_layout(unpack(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
-    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+    acc, acc_beyond = _values(p, v_s, before, acc, acc_beyond, BEYOND, SCORES, SUMS, SUMS_BEYOND)
     if PINGPONG:
         named_barrier("arrive", "8" if c else "9")
-    s = warpgroup_mma_wait(1, [s])
+    s = warpgroup_mma_wait(PRODUCTS, [s])
     mbarrier.arrive(k_empty.index(slot), count=1)
     p, peak, total, rescale = _softmax(
         s, peak, total, lo, hi, key, pre_scale, post_scale, MASKED, KIND, SOFTCAP, KEYS, SCORES
     )
-    acc = warpgroup_mma_wait(0, [acc])
+    acc, acc_beyond = _awaited(acc, acc_beyond, BEYOND)
     mbarrier.arrive(v_empty.index(before), count=1)
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, SUMS))[:, None]
-    return acc, peak, total, pack(p, v_s.dtype)
+    acc, acc_beyond = _scaled(acc, acc_beyond, rescale, BEYOND, SUMS, SUMS_BEYOND)
+    return acc, acc_beyond, peak, total, pack(p, v_s.dtype)
 
 
 @gluon.jit
@@ -225,10 +273,12 @@ def _consumer(
     pre_scale, post_scale,
     c: gl.constexpr, KIND: gl.constexpr, EVEN: gl.constexpr, CARRY: gl.constexpr, KEEP: gl.constexpr,
     SOFTCAP: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    PINGPONG: gl.constexpr, BEYOND: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    FIRST: gl.constexpr = 128 if BEYOND else DIM
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FIRST, 16])
+    SUMS_BEYOND: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BEYOND if BEYOND else 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     ROWS: gl.constexpr = 64 * CONSUMERS
     MASKS: gl.constexpr = KIND != FULL or not EVEN
@@ -258,19 +308,20 @@ def _consumer(
             hi = gl.load(key_hi + rows, mask=rows < seqlen_q, other=0)
         peak = gl.full([64], float("-inf"), gl.float32, ROW)
         total = gl.zeros([64], gl.float32, ROW)
-        acc = gl.zeros([64, DIM], gl.float32, SUMS)
-        nothing = gl.zeros([64, KEYS], gl.float32, SCORES)
+        acc = gl.zeros([64, FIRST], gl.float32, SUMS)
+        acc_beyond = row
+        if BEYOND:
+            acc_beyond = gl.zeros([64, BEYOND], gl.float32, SUMS_BEYOND)
 
         mbarrier.wait(q_full.index(c), r & 1)
         slot = i % STAGES
         mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
         if PINGPONG:
             named_barrier("sync", "9" if c else "8")
-        k_tile = k_s.index(slot).reshape([KEYS, DIM])
-        s = warpgroup_mma(q_c, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s = _scores(q_c, k_s, slot, KEYS, BEYOND, SCORES)
         if PINGPONG:
             named_barrier("arrive", "8" if c else "9")
-        if CARRY:  # noqa: SIM102 - known when compiling, the other only when running
+        if CARRY and not BEYOND:  # noqa: SIM102 - known when compiling, the other only when running
             if r > 0:  # the tile before has left the memory that this one's carry comes to
                 tma_wait(0)
                 mbarrier.arrive(stage_empty.index(c), count=1)
@@ -290,23 +341,27 @@ def _consumer(
         j0 = 1
         if MASKS:
             for j in range(1, masked):
-                acc, peak, total, p = _step(
+                acc, acc_beyond, peak, total, p = _step(
                     i + j, _masked_start(j, begin, left, full_end, KEYS, KIND), q_c, k_s, v_s, k_full, k_empty, v_full,
-                    v_empty, acc, peak, total, p, lo, hi, pre_scale, post_scale,
-                    c, True, KIND, SOFTCAP, KEYS, STAGES, PINGPONG, SCORES, SUMS,
+                    v_empty, acc, acc_beyond, peak, total, p, lo, hi, pre_scale, post_scale,
+                    c, True, KIND, SOFTCAP, KEYS, STAGES, PINGPONG, BEYOND, SCORES, SUMS, SUMS_BEYOND,
                 )  # fmt: skip
             j0 = gl.maximum(masked, 1)
         for j in range(j0, masked + full):
-            acc, peak, total, p = _step(
-                i + j, 0, q_c, k_s, v_s, k_full, k_empty, v_full, v_empty, acc, peak, total, p, lo, hi,
-                pre_scale, post_scale, c, False, KIND, SOFTCAP, KEYS, STAGES, PINGPONG, SCORES, SUMS,
+            acc, acc_beyond, peak, total, p = _step(
+                i + j, 0, q_c, k_s, v_s, k_full, k_empty, v_full, v_empty, acc, acc_beyond, peak, total, p, lo, hi,
+                pre_scale, post_scale, c, False, KIND, SOFTCAP, KEYS, STAGES, PINGPONG, BEYOND, SCORES, SUMS,
+                SUMS_BEYOND,
             )  # fmt: skip
-        mbarrier.arrive(q_empty.index(c), count=1)
+        if not BEYOND:
+            mbarrier.arrive(q_empty.index(c), count=1)
+        elif CARRY:
+            staged = reinterpret(q_s.index(c), gl.float32, [2, 1, 1, 64, 64], gl.NVMMASharedLayout(128, 32, 4))
+            load_wide_carry(out_acc, batch, head, row + 64 * c, 0, 2, stage_full.index(c), staged)
         i += masked + full
         before = (i - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        p = gl.convert_layout(unpack(p, v_s.dtype, SCORES), gl.DotOperandLayout(0, SUMS, 2))
-        acc = warpgroup_mma(p, v_s.index(before).reshape([KEYS, DIM]), acc, is_async=True)
+        acc, acc_beyond = _values(p, v_s, before, acc, acc_beyond, BEYOND, SCORES, SUMS, SUMS_BEYOND)
 
         if CARRY:
             # The result so far is one more key with score lse and value out_acc.
@@ -320,37 +375,25 @@ def _consumer(
         total = gl.where(total == 0.0, 1.0, total)
         gl.store(lse_pointers, (peak + gl.log2(total)) * LN2, mask=rows < seqlen_q)
         weight = 1.0 / total
+        old_weight_now = weight
         if CARRY:
             old_weight *= weight
+            old_weight_now = old_weight
             weight *= rescale
-        acc = warpgroup_mma_wait(0, [acc])
+        acc, acc_beyond = _awaited(acc, acc_beyond, BEYOND)
         mbarrier.arrive(v_empty.index(before), count=1)
-        acc = acc * gl.convert_layout(weight, gl.SliceLayout(1, SUMS))[:, None]
-        stage = stage_s.index(c)
-        if CARRY:
-            mbarrier.wait(stage_full.index(c), r & 1)
-            old = stage.reshape([64, DIM]).load(SUMS)
-            acc += old * gl.convert_layout(old_weight, gl.SliceLayout(1, SUMS))[:, None]
+        acc, acc_beyond = _scaled(acc, acc_beyond, weight, BEYOND, SUMS, SUMS_BEYOND)
+        if BEYOND:
+            leave_wide(
+                acc, acc_beyond, old_weight_now, out_acc, out, batch, head, row + 64 * c, q_s.index(c),
+                stage_full.index(c), BEYOND, CARRY, KEEP,
+            )  # fmt: skip
+            mbarrier.arrive(q_empty.index(c), count=1)
         else:
-            tma_wait(0)
-            warpgroup_barrier()
-        if KEEP:
-            stage.reshape([64, DIM]).store(acc)
-            fence_async_shared()
-            warpgroup_barrier()
-            tma_store(out_acc, [batch, head, row + 64 * c, 0], stage)
-        if out is not None:
-            if KEEP:
-                tma_wait(0)
-            if KEEP or CARRY:
-                warpgroup_barrier()
-            rounded = stage
-            if CARRY or KEEP:  # half of the memory of fp32
-                rounded = reinterpret(stage, q_s.dtype, [2, 1, 1, 64, DIM], q_s.layout).index(0)
-            rounded.reshape([64, DIM]).store(acc.to(q_s.dtype))
-            fence_async_shared()
-            warpgroup_barrier()
-            tma_store(out, [batch, head, row + 64 * c, 0], rounded)
+            leave(
+                acc, old_weight_now, out_acc, out, batch, head, row + 64 * c, r, q_s, stage_s.index(c),
+                stage_full.index(c), DIM, CARRY, KEEP, SUMS,
+            )  # fmt: skip
     tma_wait(0)
     if PINGPONG and c == 0:
         named_barrier("sync", "8")
@@ -363,7 +406,7 @@ def forward_kernel(
     pre_scale, post_scale,
     KIND: gl.constexpr, EVEN: gl.constexpr, CARRY: gl.constexpr, KEEP: gl.constexpr, SOFTCAP: gl.constexpr,
     KEYS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BEYOND: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``q, k, v, out_acc, out`` are tensor descriptors: [batch, nheads, seqlen, headdim], keys with parts in front, in
     tiles of 64 rows (keys: KEYS). Scores are kept in powers of two, see the portable kernel."""
@@ -372,7 +415,9 @@ def forward_kernel(
     q_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, 64, DIM], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 1, KEYS, DIM], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, 1, KEYS, DIM], v.layout)
-    if ROUNDED_ONLY:
+    if BEYOND:
+        stage_s = q_s
+    elif ROUNDED_ONLY:
         stage_s = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, 64, DIM], q.layout)
     else:
         stage_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, 1, 64, DIM], STAGE_LAYOUT)
@@ -402,13 +447,13 @@ def forward_kernel(
                 lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total,
                 heads_at_once, offset, pre_scale, post_scale,
-                0, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG,
+                0, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG, BEYOND,
             )),
             (_consumer, (
                 lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total,
                 heads_at_once, offset, pre_scale, post_scale,
-                1, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG,
+                1, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG, BEYOND,
             )),
             (_producer, (
                 q, k, v, out_acc, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
@@ -422,19 +467,19 @@ def forward_kernel(
                 lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total,
                 heads_at_once, offset, pre_scale, post_scale,
-                0, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG,
+                0, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG, BEYOND,
             )),
             (_consumer, (
                 lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total,
                 heads_at_once, offset, pre_scale, post_scale,
-                1, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG,
+                1, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG, BEYOND,
             )),
             (_consumer, (
                 lse, out_acc, out, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, stage_full, stage_empty, stride_lb, stride_lh, seqlen_q, seqlen_k, parts, nheads, heads_total,
                 heads_at_once, offset, pre_scale, post_scale,
-                2, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG,
+                2, KIND, EVEN, CARRY, KEEP, SOFTCAP, KEYS, DIM, STAGES, CONSUMERS, PINGPONG, BEYOND,
             )),
             (_producer, (
                 q, k, v, out_acc, key_lo, key_hi, q_s, k_s, v_s, stage_s, q_full, q_empty, k_full, k_empty, v_full,

@@ -12,7 +12,7 @@ from ....mask import MaskKind
 from ...base import BlockMask, backward_without_pairs, forward_without_keys
 from ...device import on_device_of
 from .. import TritonKernel, check_scale
-from . import refuses
+from . import backward_refuses, refuses
 from .config import BACKWARD, BackwardConfig, ForwardConfig, choose_forward, multiprocessors, padded
 
 
@@ -29,21 +29,19 @@ def _launchers() -> Any:
     )
 
 
-class HopperKernel(TritonKernel):
-    """See :class:`seqpar_attn.kernels.base.Kernel`. Inputs and results begin at multiples of 16 bytes, and so do their
-    rows; ``dq`` holds 2^14 times its sums for bfloat16, with columns in the order of ``finish.dq_position``."""
+class HopperForward(TritonKernel):
+    """See :class:`seqpar_attn.kernels.base.Kernel`. The backward pass is the portable kernels'. Inputs and results
+    begin at multiples of 16 bytes, and so do their rows."""
 
-    nondeterministic = "dq is added up in whatever order programs come to it"
-
-    def __init__(self, forward: ForwardConfig | None = None, backward: BackwardConfig | None = None) -> None:
-        """Configurations, for measurements; None: those that ``config`` chooses."""
+    def __init__(self, forward: ForwardConfig | None = None) -> None:
+        """A configuration, for measurements; None: what ``config`` chooses."""
         super().__init__()
-        self._forward, self._backward = forward, backward
+        self._forward = forward
 
     def refuses(
         self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
     ) -> str | None:
-        return super().refuses(device, dtype, headdim, kinds, softcap) or refuses(device, dtype, headdim, False)
+        return super().refuses(device, dtype, headdim, kinds, softcap) or refuses(device, dtype, headdim)
 
     def forward(
         self,
@@ -73,6 +71,23 @@ class HopperKernel(TritonKernel):
         with on_device_of(q):
             launchers.launch_forward(config, q, k, v, lse, out_acc, out, mask, softmax_scale, softcap, carry, keep)
 
+
+class HopperKernel(HopperForward):
+    """The backward pass as well; ``dq`` holds 2^14 times its sums for bfloat16, with columns in the order of
+    ``finish.dq_position``."""
+
+    nondeterministic = "dq is added up in whatever order programs come to it"
+
+    def __init__(self, forward: ForwardConfig | None = None, backward: BackwardConfig | None = None) -> None:
+        super().__init__(forward)
+        self._backward = backward
+
+    def refuses(
+        self, device: torch.device, dtype: torch.dtype, headdim: int, kinds: frozenset[MaskKind], softcap: float | None
+    ) -> str | None:
+        reason = super().refuses(device, dtype, headdim, kinds, softcap)
+        return reason or backward_refuses(dtype, headdim, False)
+
     def backward(
         self,
         q: torch.Tensor,
@@ -99,7 +114,7 @@ class HopperKernel(TritonKernel):
         if q.numel() == 0 or k.numel() == 0:
             backward_without_pairs(dq, dk, dv, carry_dq, carry_dkv)
             return
-        config = self._backward or BACKWARD[padded(q.shape[3])]
+        config = self._backward or BACKWARD.get(padded(q.shape[3]))
         launchers = _launchers()
         with on_device_of(q):
             launchers.launch_backward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ....mask import MaskKind
@@ -9,10 +11,14 @@ from ...base import BlockMask
 from ..common import KIND_NUMBER, cdiv, key_sizes, score_scales
 from ..plans import Plan, fits_tma, launch
 from .backward import backward_kernel
+from .backward_wide import backward_wide_kernel
 from .config import (
     BACKWARD_KEYS,
+    BACKWARD_WIDE_KEYS,
+    BACKWARD_WIDE_TILE,
     BackwardConfig,
     ForwardConfig,
+    beyond,
     heads_at_once,
     heads_together,
     multiprocessors,
@@ -49,7 +55,8 @@ def launch_forward(
         parts, seqlen_k, nheads_kv = key_sizes(k)
         keys, dim, heads_total = config.keys, padded(headdim), batch * nheads
         rows = [1, 1, 64, dim]
-        boxes = {0: rows, 1: [1, 1, 1, keys, dim], 2: [1, 1, 1, keys, dim], 4: rows, 5: rows}
+        results = rows if dim <= 128 else [1, 1, 64, 64]
+        boxes = {0: rows, 1: [1, 1, 1, keys, dim], 2: [1, 1, 1, keys, dim], 4: results, 5: results}
         if not (carry or keep):
             del boxes[4]
         if out is None:
@@ -65,8 +72,8 @@ def launch_forward(
             {
                 "KIND": KIND_NUMBER[mask.kind], "EVEN": seqlen_k % keys == 0, "CARRY": carry, "KEEP": keep,
                 "SOFTCAP": softcap is not None, "KEYS": keys, "DIM": dim, "STAGES": config.stages,
-                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "REGISTERS": config.registers,
-                "PRODUCER_REGISTERS": config.producer_registers,
+                "CONSUMERS": config.consumers, "PINGPONG": config.pingpong, "BEYOND": beyond(headdim),
+                "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
             },
             config.tile,
             boxes,
@@ -82,7 +89,7 @@ def launch_forward(
 
 
 def launch_backward(
-    config: BackwardConfig,
+    config: BackwardConfig | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -98,14 +105,29 @@ def launch_backward(
     carry_dq: bool,
     carry_dkv: bool,
 ) -> None:
+    """``config``: None for more than 128 columns."""
+
     def plan() -> Plan:
         batch, seqlen_q, nheads, headdim = q.shape
         parts, seqlen_k, nheads_kv = key_sizes(k)
         dim, heads_total = padded(headdim), batch * nheads_kv
-        queries = config.queries
-        key_tiles = cdiv(seqlen_k, BACKWARD_KEYS) * parts
-        rows, keys = [1, 1, queries, dim], [1, 1, 1, 64, dim]
-        gradient = keys if rounded else [1, 1, 1, 64, 64]
+        key_tiles = cdiv(seqlen_k, BACKWARD_KEYS if config else BACKWARD_WIDE_KEYS) * parts
+        rows = dout_rows = [1, 1, config.queries if config else 64, dim]
+        keys = gradient = [1, 1, 1, 64, dim]
+        constants: dict[str, Any] = {
+            "KIND": KIND_NUMBER[mask.kind], "SOFTCAP": softcap is not None, "CARRY": carry_dkv, "ROUND": rounded,
+            "PERMUTED": permuted(headdim), "SHIFT": shift(q.dtype),
+        }  # fmt: skip
+        if config:
+            constants |= {
+                "QUERIES": config.queries, "DIM": dim, "Q_STAGES": config.q_stages,
+                "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
+            }  # fmt: skip
+        else:
+            dout_rows = [1, 1, 64, 128]
+            constants["BEYOND"] = beyond(headdim)
+        if not (config and rounded):
+            gradient = [1, 1, 1, 64, 64]
         full = mask.kind is MaskKind.FULL
         _check_alignment(q, k, v, dout, dq, dk, dv)
         assert nheads // nheads_kv < 1 << 12 and seqlen_q < 1 << 25, "query tiles and heads share 31 bits"
@@ -113,17 +135,12 @@ def launch_backward(
             key_tiles * heads_total,
             (
                 *lse.stride()[:2], *delta.stride()[:2], seqlen_q, seqlen_k, parts, nheads_kv, nheads // nheads_kv,
-                heads_total, 1 if full else heads_together(heads_total, key_tiles),
+                heads_total, 1 if full else heads_together(heads_total, key_tiles, config is None),
                 0 if full else multiprocessors(q.device),
             ),
-            {
-                "KIND": KIND_NUMBER[mask.kind], "SOFTCAP": softcap is not None, "CARRY": carry_dkv, "ROUND": rounded,
-                "PERMUTED": permuted(headdim), "SHIFT": shift(q.dtype),
-                "QUERIES": queries, "DIM": dim, "Q_STAGES": config.q_stages,
-                "REGISTERS": config.registers, "PRODUCER_REGISTERS": config.producer_registers,
-            },
-            config.tile,
-            {0: rows, 1: keys, 2: keys, 3: rows, 6: [1, 1, 64, 64], 7: gradient, 8: gradient},
+            constants,
+            config.tile if config else BACKWARD_WIDE_TILE,
+            {0: rows, 1: keys, 2: keys, 3: dout_rows, 6: [1, 1, 64, 64], 7: gradient, 8: gradient},
             describe=describe,
         )  # fmt: skip
 
@@ -134,4 +151,5 @@ def launch_backward(
     pre_scale, post_scale = score_scales(softmax_scale, softcap)
     lse_factor = 1.0 / post_scale if softcap is None else 1.0
     variables = (mask.offset, pre_scale, post_scale, lse_factor, softmax_scale)
-    launch(backward_kernel, (config, mask.kind, softcap is None, carry_dkv, rounded), arrays, variables, plan)
+    kernel = backward_kernel if config else backward_wide_kernel
+    launch(kernel, (config, mask.kind, softcap is None, carry_dkv, rounded), arrays, variables, plan)
