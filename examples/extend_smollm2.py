@@ -199,7 +199,7 @@ class Evaluation:
         self.windows = [t[i : i + n] for t in texts for i in range(0, len(t) - n + 1, n)][: args.ppl_windows]
         if not self.windows:
             raise ValueError(f"expected a held-out text of at least {n} tokens, got {[len(t) for t in texts]}")
-        self.haystack = max(texts, key=len)
+        self.haystack = [token for text in texts for token in text]
         self.ppl, self.needles = Table(args.out / "perplexity.csv"), Table(args.out / "needle.csv")
 
     def perplexity(self, model: Any, name: str) -> None:
@@ -207,16 +207,22 @@ class Evaluation:
         lengths = [n for n in self.args.ppl_lengths if n <= self.args.ppl_length]
         for row in perplexity_curve(losses, lengths, self.args.ppl_tail):
             self.ppl.add({"model": name, **row, "texts": len(self.windows)})
-            say(
-                f"{name}: perplexity of {row['length']}: {row['perplexity']:.3f}, at the end {row['perplexity_of_last_tokens']:.3f}"
-            )
+            end = row["perplexity_of_last_tokens"]
+            say(f"{name}: perplexity of {row['length']}: {row['perplexity']:.3f}, at the end {end:.3f}")
 
     def needle(self, model: Any, name: str, samples: int, distractors: int = 0) -> float:
         """Returns the accuracy up to --bar-length."""
+        depths = [i / (self.args.depths - 1) for i in range(self.args.depths)]
         grid = needle_grid(
-            model, self.tokenizer, self.haystack, self.group, lengths=self.args.needle_lengths,
-            depths=[i / (self.args.depths - 1) for i in range(self.args.depths)], samples=samples, distractors=distractors,
-        )  # fmt: skip
+            model,
+            self.tokenizer,
+            self.haystack,
+            self.group,
+            lengths=self.args.needle_lengths,
+            depths=depths,
+            samples=samples,
+            distractors=distractors,
+        )
         counted = []
         for length, rows in itertools.groupby(grid, key=lambda row: row["length"]):
             scores = []
@@ -240,13 +246,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4, help="virtual ranks that share each sequence")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--stages", default=STAGES)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--answer-weight", type=float, default=1.0)
     parser.add_argument("--total-seconds", type=float, default=560, help="for everything, from the program's start")
     parser.add_argument("--train-seconds", type=float, default=330, help="at most, for training")
     parser.add_argument("--max-steps", type=int, help="per stage, for a trial")
     parser.add_argument("--ppl-length", type=int, default=65536)
-    parser.add_argument("--ppl-windows", type=int, default=6)
+    parser.add_argument("--ppl-windows", type=int, default=8)
     parser.add_argument("--ppl-tail", type=int, default=2048)
     parser.add_argument(
         "--ppl-lengths", type=lengths,
@@ -279,6 +285,9 @@ def main() -> None:
     enable(model, group, backend=args.backend)
     evaluation = Evaluation(args, tokenizer, held_out, group)
     data = Data(texts, Encoder(tokenizer), args.seed)
+
+    token_losses(model, torch.tensor([evaluation.windows[0][:2048]]), group)  # compiles kernels
+    say("kernels are ready")
 
     begin = time.perf_counter()
     evaluation.perplexity(model, "before")

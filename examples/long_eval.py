@@ -27,6 +27,9 @@ def load(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> tu
         place, options = str(Path(place).parent), {"gguf_file": Path(place).name}
     tokenizer = AutoTokenizer.from_pretrained(place, **options)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
+    if "gguf_file" in options:  # its weights are plain numbers by now, but the library would refuse to save them
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
     return model.eval(), tokenizer
 
 
@@ -63,7 +66,6 @@ def token_losses(model: Any, ids: Tensor, group: Any, layout: str = "zigzag") ->
         batch.labels.to(model.lm_head.weight.device),
         softcap=getattr(model.config, "final_logit_softcapping", None),
         reduction="none",
-        group=group,
     )
     return seqpar_attn.gather(losses, layout, group)[:, : ids.shape[1] - 1].float()
 

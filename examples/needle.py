@@ -1,4 +1,4 @@
-"""Needles in a haystack: a sentence that a long text does not let one guess, somewhere in it, and a question at its end.
+"""Needles in a haystack: a sentence that cannot be guessed, somewhere in a long text, and a question at its end.
 
 The prompts are EasyContext's: "The special magic CITY number is: DIGITS", and distractors, which are the same for other
 cities. Used by ``eval_needle.py`` and ``extend_smollm2.py``.
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CITIES = (
+_CITIES = (
     "Chicago Yangon Antananarivo Colombo Almaty Sydney Seattle Cairo Barcelona Lagos Amsterdam London Istanbul Bangkok "
     "Toronto Phoenix Zurich Athens Dublin Montreal Lisbon Madrid Berlin Baghdad Budapest Tokyo Stockholm Moscow Prague"
-).split()
+)
+CITIES = tuple(_CITIES.split())
 BEFORE = "This is a very long story book: <book> "
 NEEDLE = "\nThe special magic {city} number is:{value}\n"
 AFTER = (

@@ -10,22 +10,23 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-FIRST = (
+_FIRST = (
     "Anna Boris Clara Daniel Edith Felix Greta Henry Irene Jacob Karen Louis Maria Norman Olga Peter Ruth Simon Tessa "
     "Ulrich Vera Walter Yvonne Arthur Beatrice Conrad Dora Edgar Flora Gustav Hilda Ivan Judith Klaus Lydia Martin"
-).split()
-LAST = (
+)
+_LAST = (
     "Abbott Barlow Carver Dalton Ellwood Farrow Garner Hobbs Ingram Jarvis Keller Lambert Mercer Nolan Osborne Pratt "
     "Quigley Rowland Sutton Tanner Underhill Vickers Whitlock Yardley Zeller Ashby Bolton Crane Drummond Fenwick"
-).split()
-ADJECTIVE = (
+)
+_ADJECTIVE = (
     "amber bitter copper distant early frozen gentle hollow idle jagged kindly lonely mellow narrow orange patient "
     "quiet restless silver tender upper velvet wooden yellow broken crimson dusty eager faint golden humble ivory"
-).split()
-NOUN = (
+)
+_NOUN = (
     "anchor basket candle dagger engine feather garden hammer island jacket kettle ladder mirror marble orchard "
     "pebble quarry ribbon saddle teapot umbrella valley window anvil bridge carpet drawer falcon goblet harbour lantern"
-).split()
+)
+FIRST, LAST, ADJECTIVE, NOUN = (tuple(x.split()) for x in (_FIRST, _LAST, _ADJECTIVE, _NOUN))
 
 # A statement, whose first part begins the answer, too, and a question. {k} is the key, {v} the value.
 TEMPLATES = (
