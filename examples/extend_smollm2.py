@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import random
-import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -310,12 +309,12 @@ def main() -> None:
     accuracy["after, 3 distractors"] = evaluation.needle(model, "after", 1, distractors=3)
     say(f"needle accuracy up to {args.bar_length} tokens: {accuracy}")
     summary = {
-        "command": "python " + " ".join(sys.argv),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "torch": torch.__version__,
         "training": training,
         "needle_accuracy_up_to": {"length": args.bar_length, **accuracy},
-        "settings": {key: str(value) for key, value in vars(args).items()},
+        "settings": {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+        | {"model": Path(path).name},
         "seconds": round(time.perf_counter() - BEGIN, 1),
     }
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
