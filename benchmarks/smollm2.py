@@ -6,8 +6,8 @@
 SmolLM2-135M-Instruct in float32, on CPUs over gloo. The yardstick for logits and loss is what one process gets with the
 library's sdpa and its eager attention, which differ as well. Gradients have a truth: one process in float64, norms and
 loss included (the library computes those in float32 whatever the weights are). Per parameter the error is the Frobenius
-norm of the difference from it over the truth's; ratios are to the error of one process with sdpa, that of eager attention
-being there to show what chance does.
+norm of the difference from it over the truth's; ratios are to the error of one process with sdpa, and those of eager
+attention show what chance does.
 """
 
 from __future__ import annotations
