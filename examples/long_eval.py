@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,20 @@ def greedy_answers(model: Any, prompts: Sequence[Prompt], group: Any, layout: st
     return [row[len(p.ids) - len(p.answer) - 1 : len(p.ids) - 1] for row, p in zip(rows, prompts)]
 
 
+def generated_answers(model: Any, prompts: Sequence[Prompt], group: Any, layout: str = "zigzag") -> list[list[int]]:
+    """What greedy decoding of every prompt without its answer gives, as many tokens as the answer has, really decoded,
+    over a key-value cache that stays on the ranks. Group and layout are those that ``enable`` was told."""
+    from seqpar_attn.integrations.generation import generate
+
+    answers: list[list[int]] = [[]] * len(prompts)
+    for count in sorted({len(p.answer) for p in prompts}):  # prompts of one length go together
+        chosen = [i for i, p in enumerate(prompts) if len(p.answer) == count]
+        ids = torch.tensor([prompts[i].ids[:-count] for i in chosen], device=model.lm_head.weight.device)
+        for i, row in zip(chosen, generate(model, ids, count)[:, -count:].tolist()):
+            answers[i] = row
+    return answers
+
+
 def perplexity_curve(losses: Tensor, lengths: Iterable[int], window: int = 2048) -> list[dict[str, float]]:
     """Of ``losses [texts, seqlen - 1]``, per length: the perplexity of all tokens up to it, and of the last ``window``
     of them, which shows what the model makes of those positions alone."""
@@ -117,6 +131,7 @@ def needle_grid(
     digits: int = 7,
     layout: str = "zigzag",
     seed: int = 0,
+    answers: Callable[..., list[list[int]]] = greedy_answers,
 ) -> Iterable[dict[str, Any]]:
     """A row per length and depth as soon as it is known. One seed asks every model the same."""
     for length in lengths:
@@ -126,18 +141,18 @@ def needle_grid(
                 make_prompt(tokenizer, haystack, length, depth, rng, digits=digits, distractors=distractors)
                 for _ in range(samples)
             ]
-            answers = []
+            found = []
             rows = max(1, 32768 // length)  # short prompts together: a GPU has little to do with one
             for i in range(0, samples, rows):
-                answers += greedy_answers(model, prompts[i : i + rows], group, layout)
-            right = [answer == prompt.answer for answer, prompt in zip(answers, prompts)]
+                found += answers(model, prompts[i : i + rows], group, layout)
+            right = [answer == prompt.answer for answer, prompt in zip(found, prompts)]
             yield {
                 "length": length,
                 "depth": round(depth, 3),
                 "accuracy": sum(right) / samples,
                 "samples": samples,
                 "expected": " ".join(prompt.text for prompt in prompts),
-                "answers": " | ".join(tokenizer.decode(answer).strip().replace("\n", "\\n") for answer in answers),
+                "answers": " | ".join(tokenizer.decode(answer).strip().replace("\n", "\\n") for answer in found),
             }
 
 

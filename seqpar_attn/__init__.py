@@ -2,14 +2,15 @@
 
 ``ring_attention`` and ``dist_flash_attention`` compute attention over a sequence that is split over the ranks of a
 group; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such tokens; ``shard_batch`` splits a batch;
-``LoopbackGroup`` runs several virtual ranks in one process. Importing this package loads neither triton nor
-transformers and does not touch CUDA.
+``ShardedKV`` keeps a prompt's keys split while new tokens attend them; ``LoopbackGroup`` runs several virtual ranks in
+one process. Importing this package loads neither triton nor transformers and does not touch CUDA.
 """
 
 from . import memory
 from .api import dist_flash_attention, ring_attention
 from .batch import ShardedBatch, pad_batch, shard_batch
 from .comm import CommunicationError, LoopbackGroup
+from .decode import ShardedKV
 from .layout import Contiguous, Layout, Striped, Zigzag, gather, get_layout
 from .loss import cross_entropy, linear_cross_entropy
 
@@ -21,6 +22,7 @@ __all__ = [
     "Layout",
     "LoopbackGroup",
     "ShardedBatch",
+    "ShardedKV",
     "Striped",
     "Zigzag",
     "cross_entropy",

@@ -234,10 +234,10 @@ class ShardedKV:
         cut = parts * KEYS_PER_PART if parts > 1 else 0
         pieces = []
         if cut:
-            split = [x[0, :cut].unflatten(0, (parts, KEYS_PER_PART)) for x in (k, v)]
+            some_k, some_v = (x[0, :cut].unflatten(0, (parts, KEYS_PER_PART)) for x in (k, v))
             every = rows.expand(parts, -1, -1, -1).contiguous()
             out, lse = _outputs(every)
-            kernel.forward(every, *split, lse, out, None, FULL, carry=False, **options)
+            kernel.forward(every, some_k, some_v, lse, out, None, FULL, carry=False, **options)
             pieces += list(zip(out.split(1), lse.split(1)))
         if cut < k.shape[1]:
             out, lse = _outputs(rows)

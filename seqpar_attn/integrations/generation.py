@@ -135,7 +135,7 @@ def generate(
 
     Raises ValueError on every rank, see :func:`prefill`.
     """
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     settings = _agreed(model, input_ids, max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id)
     cache = prefill(model, input_ids, max_new_tokens=max_new_tokens)
     done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
