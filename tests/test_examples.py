@@ -88,13 +88,13 @@ def test_needle_goes_behind_a_sentence(tokenizer):
 
 def test_prompts_refused(tokenizer, tmp_path):
     rng = random.Random(0)
-    with pytest.raises(ValueError, match="expected a haystack of at least [0-9]+ tokens, got 50"):
+    with pytest.raises(ValueError, match=r"expected a haystack of at least [0-9]+ tokens, got 50"):
         needle.make_prompt(tokenizer, [1] * 50, 600, 0.5, rng)
     with pytest.raises(
         ValueError, match="expected prompts long enough for the question and the needles, got 100 tokens"
     ):
         needle.make_prompt(tokenizer, [1] * 500, 100, 0.5, rng)
-    with pytest.raises(ValueError, match="expected 0 <= depth <= 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"expected 0 <= depth <= 1, got 1\.5"):
         needle.make_prompt(tokenizer, [1] * 500, 400, 1.5, rng)
     with pytest.raises(ValueError, match="expected digits >= 1 and 0 <= distractors < 29, got 7 and 29"):
         needle.make_prompt(tokenizer, [1] * 500, 400, 0.5, rng, distractors=29)
@@ -253,8 +253,8 @@ def test_processes(llama, texts, tmp_path):
 
 def ppl_arguments(models, texts, out, *more):
     return [
-        "-m", *map(str, models), "-d", str(texts), "--output-file", str(out), "--dtype", "float32", "--min-tokens", "50",
-        "--max-tokens", "150", "--tokens-step", "50", "--truncate", *more,
+        "-m", *map(str, models), "-d", str(texts), "--output-file", str(out), "--dtype", "float32", "--min-tokens",
+        "50", "--max-tokens", "150", "--tokens-step", "50", "--truncate", *more,
     ]  # fmt: skip
 
 
@@ -324,6 +324,8 @@ def test_scripts_refuse(llama, texts, tmp_path):
     with pytest.raises(ValueError, match="expected prompts long enough"):
         eval_needle.main(needle_arguments([llama], texts, tmp_path, "--min_context_length", "30"))
     (tmp_path / "needle.csv").write_text("model,length\na,1\n")
-    with pytest.raises(ValueError, match="expected rows with columns length, perplexity in .*, got none of perplexity"):
+    with pytest.raises(
+        ValueError, match=r"expected rows with columns length, perplexity in .*, got none of perplexity"
+    ):
         plots.read(tmp_path / "needle.csv", ("length", "perplexity"))
     assert launch.is_first()
