@@ -169,6 +169,24 @@ def test_answers_are_those_of_greedy_decoding(on_virtual_ranks):
         assert long_eval.greedy_answers(model, [right], group) == [answer], "an answer that is right is seen to be"
 
 
+def test_accuracy_counts_right_answers(tokenizer):
+    haystack = tokenizer("Some words of no use. " * 40).input_ids
+    asked = []
+
+    def answers(model, prompts, group, layout):
+        asked.extend(prompts)
+        return [p.answer if i % 2 else [1] for i, p in enumerate(prompts)]
+
+    options = dict(lengths=[LENGTH, LENGTH + 9], depths=[0.0, 1.0], samples=4, digits=3, answers=answers)
+    found = list(long_eval.needle_grid(None, tokenizer, haystack, None, **options))
+    assert [(row["length"], row["depth"], row["accuracy"]) for row in found] == [
+        (LENGTH, 0.0, 0.5), (LENGTH, 1.0, 0.5), (LENGTH + 9, 0.0, 0.5), (LENGTH + 9, 1.0, 0.5)
+    ]  # fmt: skip
+    assert len(asked) == 16 and len({p.text for p in asked}) > 10, "every prompt has a number of its own"
+    again = list(long_eval.needle_grid(None, tokenizer, haystack, None, **options))
+    assert again == found, "one seed asks every model the same"
+
+
 def test_rope_base(llama):
     model, _ = long_eval.load(llama, torch.float32, "cpu")
     before = model.model.rotary_emb.inv_freq.clone()

@@ -15,6 +15,7 @@ attention is divided, see :mod:`seqpar_attn.decode`. Importing this module needs
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,10 +113,14 @@ def prefill(model: Any, input_ids: torch.Tensor, *, max_new_tokens: int = 0) -> 
     cache = ShardedCache(layers, seqlen, settings, max_new_tokens + 1)
     if seqlen:
         batch = shard_batch(input_ids[:, :-1], layout=settings.layout, group=settings.group)
-        model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, past_key_values=cache, use_cache=True
-        )
+        _call(model.base_model, cache, input_ids=batch.input_ids, position_ids=batch.position_ids)
     return cache
+
+
+def _call(model: Any, cache: ShardedCache, **inputs: torch.Tensor) -> Any:
+    """The argument's name has changed in transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(**inputs, **{name: cache}, use_cache=True)
 
 
 @torch.no_grad()
@@ -140,7 +145,7 @@ def generate(
     cache = prefill(model, input_ids, max_new_tokens=max_new_tokens)
     done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
-        logits = model(input_ids=input_ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        logits = _call(model, cache, input_ids=input_ids[:, -1:]).logits
         new = _of_first_rank(settings, logits[:, -1].argmax(-1)).masked_fill(done, pad_token_id)
         input_ids = torch.cat([input_ids, new[:, None].to(input_ids.dtype)], 1)
         if ends:

@@ -182,7 +182,8 @@ class _CheckTokens:
         self._known: set[Any] = set()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache: Sequence[ShardedKV] | None = getattr(kwargs.get("past_key_values"), "sharded", None)
+        # By what it is, not by its name: that is past_key_values, and cache from transformers 5.24 on.
+        cache = next((x.sharded for x in kwargs.values() if isinstance(getattr(x, "sharded", None), list)), None)
         tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if tokens is not None:
             refuse = functools.partial(_refuse, self.settings, tokens.device)
