@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts = len(scores) * args.num_samples
             summary.add({"model": name, "distractors": args.num_distractor, "accuracy": accuracy, "prompts": prompts})
             print(f"{name}: accuracy {accuracy:.1%} of {prompts} prompts", flush=True)
+        del model, grid  # before the next one is loaded
     if launch.is_first():
         plots.save(plots.heat_map(plots.read(table.path, ("length", "depth", "accuracy"))), table.path, args.pdf)
 

@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if launch.is_first():
                 table.add({"model": Path(path).stem, **row})
                 print(f"{Path(path).stem}: perplexity of {row['length']} tokens: {row['perplexity']:.4f}", flush=True)
+        del model  # before the next one is loaded
 
 
 if __name__ == "__main__":

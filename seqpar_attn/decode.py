@@ -84,6 +84,7 @@ class ShardedKV:
         self._spans = placed.chunks(self._padded)
         self._reserve = -(-reserve // self.world_size)
         self._shards: list[_Shard] = []
+        self._window: int | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -103,16 +104,23 @@ class ShardedKV:
                 the other. Padding at the sequence's end is left out.
             window_size: of the layer, if it has one: no key is kept that a later token does not see.
 
-        Raises ValueError for another number of tokens, and if there are keys already.
+        Raises ValueError on every rank for another number of tokens on one, ranks that differ, and if there are keys
+        already.
         """
         held = self._padded // self.world_size
+        error: ValueError | None = None
         if k.shape != v.shape or k.dim() != 4 or k.shape[1] != held * len(self.ranks):
-            raise ValueError(
-                f"expected k and v of shape [batch, {held * len(self.ranks)}, nheads_kv, headdim], got {list(k.shape)} "
-                f"and {list(v.shape)}"
-            )
-        if self.stored:
-            raise ValueError(f"expected one store, of a prompt with tokens, got another or a prompt of {self.prompt}")
+            expected = f"[batch, {held * len(self.ranks)}, nheads_kv, headdim]"
+            error = ValueError(f"expected k and v of shape {expected}, got {list(k.shape)} and {list(v.shape)}")
+        elif self.stored:
+            error = ValueError(f"expected one store, of a prompt with tokens, got another or a prompt of {self.prompt}")
+        elif window_size is not None and window_size < 1:
+            error = ValueError(f"expected window_size to be a positive int or None, got {window_size!r}")
+        fields: dict[str, object] = {"call": "ShardedKV.store", "k": tuple(k.shape), "dtype": k.dtype}
+        fields |= {"prompt length": self.prompt, "window_size": window_size}
+        communicator(group_name(self.group), k.device).agree(fields, error)
+        self._window = window_size
+        k, v = k.detach(), v.detach()
         first = 0 if window_size is None else max(self.seqlen - window_size + 1, 0)
         for i, rank in enumerate(self.ranks):
             spans = []
@@ -162,7 +170,7 @@ class ShardedKV:
                 Call("ring", "pull", "contiguous", True, window_size, None, softcap, softmax_scale, backend, False),
                 self.seqlen,
             )
-            self._check_rows(k)
+            self._check_fit(k, window_size)
             kernel = resolve(backend, q.device, q.dtype, q.shape[-1], kinds, softcap)
             fields = {
                 "call": "ShardedKV.attend", "q": tuple(q.shape), "k": tuple(k.shape), "dtype": q.dtype,
@@ -180,9 +188,14 @@ class ShardedKV:
         out, lse = _merge(_from_all(comm, found))
         return out.to(q.dtype), lse
 
-    def _check_rows(self, k: torch.Tensor) -> None:
+    def _check_fit(self, k: torch.Tensor, window_size: int | None) -> None:
+        """Of new keys to what is here."""
         if not self.stored:
             raise ValueError(f"expected store before attend: the prompt has {self.prompt} tokens, got no keys of them")
+        if not k.shape[1]:
+            raise ValueError("expected at least one new token, got none")
+        if self._window is not None and (window_size is None or window_size > self._window):
+            raise ValueError(f"expected window_size <= {self._window}, for which keys were stored, got {window_size}")
         for shard in self._shards:
             known = shard.buffers[0]
             if (known.shape[0], *known.shape[2:]) != (k.shape[0], *k.shape[2:]) or known.dtype != k.dtype:

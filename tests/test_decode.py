@@ -124,6 +124,9 @@ def wrong_calls(rank, world_size):
         arguments = (q, k, v) if good else (bad_q, bad_k, bad_v)
         found[name] = complaint(lambda a=arguments, o={} if good else options: kv.attend(*a, **o))
     kv.attend(q, k, v)  # and after all that it works
+    prompt = torch.randn(1, 4, 2, 8)
+    found["store"] = complaint(lambda: ShardedKV(12).store(prompt, prompt[:, : 4 - (rank == 1)]))
+    found["store differs"] = complaint(lambda: ShardedKV(12 - (rank == 1)).store(prompt, prompt))
     other = ShardedKV(4 if rank == 1 else 0)
     found["no store"] = complaint(lambda: other.attend(q, k, v))
     return found, kv.seqlen
@@ -156,6 +159,8 @@ def test_a_fault_of_one_rank_is_an_error_on_all(pool):
         "window differs": "expected the same window_size on every rank, got None on rank 0 and 3 on rank 1",
         "tokens differ": "expected the same q on every rank, got (1, 1, 4, 8) on rank 0 and (1, 2, 4, 8) on rank 1",
         "backend": "rank 1: expected auto or one of",
+        "store": "rank 1: expected k and v of shape [batch, 4, nheads_kv, headdim], got [1, 4, 2, 8] and [1, 3, 2, 8]",
+        "store differs": "expected the same prompt length on every rank, got 12 on rank 0 and 11 on rank 1",
         "no store": "rank 1: expected store before attend: the prompt has 4 tokens, got no keys of them",
     }
     for found, seqlen in pool.run(wrong_calls):
@@ -175,5 +180,12 @@ def test_refused():
     kv.store(x, x)
     with pytest.raises(ValueError, match="expected one store"):
         kv.store(x, x)
+    with pytest.raises(ValueError, match="expected at least one new token, got none"):
+        kv.attend(x[:, :0], x[:, :0], x[:, :0])
+    windowed = ShardedKV(12, group=LoopbackGroup(3), layout="contiguous")
+    windowed.store(x, x, window_size=5)
+    for window in (None, 6):
+        with pytest.raises(ValueError, match=f"expected window_size <= 5, for which keys were stored, got {window}"):
+            windowed.attend(x[:, :1], x[:, :1], x[:, :1], window_size=window)
     with pytest.raises(ValueError, match=r"expected k like the stored keys, \[2, s, 2, 8\] in torch.float32"):
         kv.attend(*(torch.randn(1, 1, 2, 8) for _ in range(3)))
