@@ -79,6 +79,8 @@ def curves(rows: list[Row], limits: argparse.Namespace | None = None) -> Any:
         ticks = [
             t for t in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000, 10_000) if low * 0.8 <= t <= high * 1.2
         ]
+        if len(ticks) < 3:  # all values lie close together
+            ticks = sorted({float(f"{low * (high / low) ** (i / 4):.3g}") for i in range(5)})
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         if limits is not None:
             axis.set_xlim(limits.xmin, limits.xmax)
