@@ -71,6 +71,7 @@ def test_mask_and_schedule_need_only_the_standard_library(module):
         (("loss",), {"schedule", "layout", "batch", "passes", "plan", "autograd", "api", "mask"}),
         (("kernels", "comm", "schedule", "layout", "batch", "passes", "plan", "autograd", "api"), {"loss"}),
         (("autograd", "ulysses"), {"api", "loss", "memory"}),
+        (("decode",), {"schedule", "batch", "passes", "plan", "autograd", "api", "loss", "memory"}),
         (("memory",), {"kernels", "comm", "schedule", "mask", "layout", "batch", "autograd", "api", "loss"}),
         (("kept",), {room(m) for m in MODULES} - {"kept"}),
     ],

@@ -15,7 +15,7 @@
 
 Nothing is patched: an attention function and a mask function are registered, and the model's configuration names them.
 What would go wrong without a word (a padding mask, positions that every rank counts from 0, labels shifted inside a
-shard, a key-value cache, attention dropout) is a ValueError that says what to do.
+shard, a key-value cache other than that of ``generation.py``, attention dropout) is a ValueError that says what to do.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import nn
 
 from ..api import Grid, dist_flash_attention, ring_attention, ulysses_attention, usp_attention
 from ..comm import Group, agree, communicator, group_name
+from ..decode import ShardedKV
 from ..layout import get_layout, grid_of, holds_all, resolve_group
 
 NAME = "seqpar"
@@ -217,20 +218,39 @@ def _check_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 class _CheckTokens:
     """Of the decoder, with or without a head around it: what can be seen of a call before it runs. Positions are looked
-    at once per shape, an attention_mask whenever there is one: on a GPU that waits for them."""
+    at once per shape, an attention_mask whenever there is one: on a GPU that waits for them. A cache of
+    ``generation.py`` is passed on to the attention, which fills and reads it."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self._known: set[Any] = set()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # By what it is, not by its name: that is past_key_values, and cache from transformers 5.24 on.
+        cache = next((x.sharded for x in kwargs.values() if isinstance(getattr(x, "sharded", None), list)), None)
         tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-        if tokens is None:
-            return
-        refuse = functools.partial(self.settings.refuse, tokens.device)
-        padding = kwargs.get("attention_mask")
-        if isinstance(padding, torch.Tensor) and not bool(padding.all()):
-            refuse(_PADDING)
+        if tokens is not None:
+            refuse = functools.partial(self.settings.refuse, tokens.device)
+            padding = kwargs.get("attention_mask")
+            if isinstance(padding, torch.Tensor) and not bool(padding.all()):
+                refuse(_PADDING)
+            if cache is not None and cache[0].stored:
+                self._check_new(cache[0].seqlen, kwargs, refuse)
+            else:
+                self._check_shard(tokens, kwargs, refuse)
+        return None if cache is None else (args, kwargs | {"sharded_kv": cache})
+
+    def _check_new(self, seqlen: int, kwargs: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+        """New tokens are on every rank, behind all that the cache knows."""
+        positions = kwargs.get("position_ids")
+        if kwargs.get("cu_seqlens") is not None:
+            refuse("expected no cu_seqlens with tokens after a prompt, got some")
+        if positions is not None:
+            expected = torch.arange(seqlen, seqlen + positions.shape[-1], device=positions.device)
+            if not torch.equal(positions.reshape(-1, positions.shape[-1])[0], expected):
+                refuse(f"expected position_ids from {seqlen} on, behind the cache, got {positions.tolist()}")
+
+    def _check_shard(self, tokens: torch.Tensor, kwargs: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
         rank, world_size = self.settings.place
         if world_size == 1:
             return
@@ -277,10 +297,12 @@ def attention(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+    sharded_kv: Sequence[ShardedKV] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The registered attention function: ``query [b, h, s, d]``, ``key, value [b, h_kv, s, d]`` of this rank's shard to
-    ``[b, s, h, d]``. ``s_aux``: ``[h]``, logits of attention sinks (GPT-OSS)."""
+    ``[b, s, h, d]``. ``s_aux``: ``[h]``, logits of attention sinks (GPT-OSS). ``sharded_kv``: of every layer; with
+    a prompt stored in it, the tensors are those of new tokens, the same on every rank."""
     settings: Settings | None = module.__dict__.get(_KEY)
     if settings is None:
         raise ValueError(
@@ -303,20 +325,34 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = function(
-        q,
-        k,
-        v,
-        group=settings.group,
-        causal=causal,
-        window_size=sliding_window,
-        cu_seqlens=cu_seqlens,
-        softcap=softcap,
-        softmax_scale=scaling,
-        dropout_p=dropout,
-        return_lse=True,
-        **settings.options,
-    )
+    kept = None if sharded_kv is None else sharded_kv[int(module.layer_idx)]  # type: ignore[arg-type]
+    if kept is not None and kept.stored:
+        out, lse = kept.attend(
+            q,
+            k,
+            v,
+            window_size=sliding_window,
+            softcap=softcap,
+            softmax_scale=scaling,
+            backend=settings.options["backend"],
+        )
+    else:
+        out, lse = function(
+            q,
+            k,
+            v,
+            group=settings.group,
+            causal=causal,
+            window_size=sliding_window,
+            cu_seqlens=cu_seqlens,
+            softcap=softcap,
+            softmax_scale=scaling,
+            dropout_p=dropout,
+            return_lse=True,
+            **settings.options,
+        )
+        if kept is not None:
+            kept.store(k, v, window_size=sliding_window)
     if s_aux is not None:
         # A sink is one more key with the value 0: it takes its share of the softmax, exp(s) of exp(lse) + exp(s).
         share = torch.sigmoid(lse - s_aux.to(lse.dtype)[None, :, None]).transpose(1, 2)
