@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from hf_models import FAMILIES, build, gradients, one_device
+from hf_models import FAMILIES, VOCABULARY, build, gradients, one_device
 
 import seqpar_attn
 from seqpar_attn import memory
@@ -158,6 +158,65 @@ def test_a_fault_of_one_rank_is_an_error_on_all(pool):
     for found in pool.run(wrong_calls, method):
         for name, message in messages.items():
             assert message in found[name], (name, found[name])
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, "factor": 8.0,
+            "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0]}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+def with_rotary(parameters):
+    long = parameters["rope_type"] == "longrope"
+    model = build("phi3" if long else "llama")
+    changed = {"rope_parameters": dict(parameters), "max_position_embeddings": 256 if long else 32}
+    if long:
+        changed["original_max_position_embeddings"] = 32  # the configuration's own wins over that of the parameters
+    config = type(model.config)(**model.config.to_dict() | changed)
+    config._attn_implementation = "eager"
+    found = type(model)(config).double()
+    found.load_state_dict(model.state_dict())
+    return found
+
+
+def rotary(rank, world_size, cases):
+    """Logits of the whole sequence, or what was refused."""
+    results = []
+    for parameters, layout, seqlen, documents in cases:
+        model = with_rotary(parameters)
+        enable(model, layout=layout, backend="reference")
+        tokens = torch.arange(seqlen)[None] % VOCABULARY
+        batch = seqpar_attn.shard_batch(tokens, cu_seqlens=documents, layout=layout)
+        packed = {} if documents is None else {"cu_seqlens": batch.cu_seqlens}
+        try:
+            with torch.no_grad():
+                logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed).logits
+            results.append(seqpar_attn.gather(logits, layout=layout))
+        except ValueError as error:
+            results.append(str(error))
+    return results
+
+
+def test_rotary_frequencies_that_follow_the_length(pool):
+    """They are those of one device, or refused: a rank sees the positions of its own shard only."""
+    if pool.world_size != 2:
+        pytest.skip("two ranks suffice")
+    cases = [
+        (LONGROPE, "zigzag", 28, None),
+        (LONGROPE, "zigzag", 80, None),
+        (LONGROPE, "contiguous", 48, None),
+        (LONGROPE, "contiguous", 80, [0, 10, 20, 30, 70, 80]),
+        (DYNAMIC, "zigzag", 32, None),
+        (DYNAMIC, "zigzag", 36, None),
+    ]
+    results = pool.run(rotary, cases)
+    for case, *found in zip(cases, *results):
+        parameters, layout, seqlen, _ = case
+        if layout == "contiguous" or seqlen == 36:
+            assert all(isinstance(x, str) and ("longrope" in x or "'dynamic'" in x) for x in found), (case, found)
+        else:
+            with torch.no_grad():
+                whole = with_rotary(parameters)(torch.arange(seqlen)[None] % VOCABULARY, use_cache=False).logits
+            torch.testing.assert_close(found[0], whole, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_virtual_ranks_and_disable():

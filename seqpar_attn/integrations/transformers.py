@@ -15,7 +15,8 @@
 
 Nothing is patched: an attention function and a mask function are registered, and the model's configuration names them.
 What would go wrong without a word (a padding mask, positions that every rank counts from 0, labels shifted inside a
-shard, a key-value cache other than that of ``generation.py``, attention dropout) is a ValueError that says what to do.
+shard, a key-value cache other than that of ``generation.py``, rotary frequencies that ranks would choose differently,
+attention dropout) is a ValueError that says what to do.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..api import Grid, dist_flash_attention, ring_attention, ulysses_attention,
 from ..comm import Group, agree, communicator, group_name
 from ..decode import ShardedKV
 from ..layout import get_layout, grid_of, holds_all, resolve_group
+from .rotary import disagreement, length_dependent
 
 NAME = "seqpar"
 """Of the registered attention. The library gives names with "flash" in them a meaning of their own."""
@@ -237,7 +239,7 @@ class _CheckTokens:
             if cache is not None and cache[0].stored:
                 self._check_new(cache[0].seqlen, kwargs, refuse)
             else:
-                self._check_shard(tokens, kwargs, refuse)
+                self._check_shard(length_dependent(module.config), kwargs, refuse)
         return None if cache is None else (args, kwargs | {"sharded_kv": cache})
 
     def _check_new(self, seqlen: int, kwargs: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
@@ -250,7 +252,9 @@ class _CheckTokens:
             if not torch.equal(positions.reshape(-1, positions.shape[-1])[0], expected):
                 refuse(f"expected position_ids from {seqlen} on, behind the cache, got {positions.tolist()}")
 
-    def _check_shard(self, tokens: torch.Tensor, kwargs: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+    def _check_shard(
+        self, rotary: list[tuple[str, int]], kwargs: dict[str, Any], refuse: Callable[[str], NoReturn]
+    ) -> None:
         rank, world_size = self.settings.place
         if world_size == 1:
             return
@@ -260,8 +264,14 @@ class _CheckTokens:
                 "expected position_ids of this rank's shard (shard_batch returns them), got none: the model would "
                 "count from 0 on every rank"
             )
-        if kwargs.get("cu_seqlens") is not None:
-            return  # positions may begin anew in every document
+        documents = kwargs.get("cu_seqlens")
+        if documents is not None:  # positions may begin anew in every document
+            if rotary:
+                bounds = torch.as_tensor(documents)
+                wrong = disagreement(rotary, positions, int((bounds[1:] - bounds[:-1]).max()))
+                if wrong is not None:
+                    refuse(wrong)
+            return
         key = tuple(positions.shape)
         if key not in self._known:
             seqlen = positions.shape[-1] * world_size
@@ -271,6 +281,9 @@ class _CheckTokens:
                     f"expected position_ids of rank {rank}'s shard in the {self.settings.layout} layout, "
                     f"{_few(expected)}, got {_few(positions.reshape(-1, positions.shape[-1])[0])}"
                 )
+            wrong = disagreement(rotary, positions, seqlen)
+            if wrong is not None:
+                refuse(wrong)
             self._known.add(key)
 
 
