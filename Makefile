@@ -2,6 +2,7 @@
 #
 #   make demo        train a small Llama on real text over 4 ranks and compare it with one device
 #   make test        all tests that this machine can run
+#   make test-oldest those about transformers once more, with the oldest release that is supported
 #   make lint types  ruff and clang-format; mypy
 #   make csrc-check  compile csrc with warnings as errors; registers, spills and serialisation of every kernel (nvcc)
 #   make csrc-test   csrc/tests by ctest          (nvcc, cmake, ninja and a Hopper GPU)
@@ -34,9 +35,11 @@ PINS := $(if $(HAS_GPU)$(filter-out Linux,$(shell uname -s)),,triton==3.6.0 'num
 
 export SEQPAR_ATTN_CUDA ?= 0
 
+OLDEST := transformers==5.17.0
+
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
-.PHONY: demo test lint types csrc-check csrc-test gpu-test gpu-memcheck gpu-sanitize gpu-bench clean venv
+.PHONY: demo test test-oldest lint types csrc-check csrc-test gpu-test gpu-memcheck gpu-sanitize gpu-bench clean venv
 
 venv: $(STAMP)
 
@@ -61,6 +64,16 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# Beside the environment's own, the newest; with what it needs, but no torch.
+$(VENV)/$(OLDEST)/.installed: $(STAMP)
+	@$(PY) -m pip install --quiet --upgrade --target $(@D) $(OLDEST)
+	touch $@
+
+test-oldest: $(VENV)/$(OLDEST)/.installed
+	@export PYTHONPATH=$(abspath $(VENV)/$(OLDEST))
+	$(PY) -c 'import transformers; print("transformers", transformers.__version__)'
+	$(PY) -m pytest -n $(JOBS) -q tests/test_transformers.py tests/test_generation.py tests/test_verify.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
