@@ -45,12 +45,14 @@ def simulate_schedule(
     rates: Rates,
     *,
     step_seconds: Callable[[int, int], float] | None = None,
+    bandwidth: Callable[[int, int], float] | None = None,
 ) -> Simulation:
     """Play the schedule in time.
 
     A rank starts a step when it has computed the step before and that step's transfers to and from it are done. A
     message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)`` replaces the
-    constant rate, e.g. by measured times.
+    constant rate, e.g. by measured times; ``bandwidth(source, target)`` replaces ``bytes_per_second``, e.g. where nodes
+    are joined by slower links.
     """
     world_size = schedule.world_size
 
@@ -71,7 +73,8 @@ def simulate_schedule(
             for transfer in row[source].sends:
                 target = transfer.peer
                 begin = max(start[source], start[target], out_free[source], in_free[target])
-                end = begin + rates.latency + size(transfer) / rates.bytes_per_second
+                speed = rates.bytes_per_second if bandwidth is None else bandwidth(source, target)
+                end = begin + rates.latency + size(transfer) / speed
                 out_free[source] = in_free[target] = end
                 arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
                 sent[source] += size(transfer)
