@@ -1,6 +1,6 @@
 """How long can I go, and how fast? Plans of training runs: memory, time and the best policy, predicted.
 
-Standard library only. ``python -m seqpar_attn plan`` prints what this room computes; ``docs/planner.md`` says from what.
+Standard library only. ``python -m seqpar_attn plan`` prints what this room computes; ``docs/planner.md`` says how.
 """
 
 from .attention import attention_cost

@@ -133,9 +133,7 @@ def _ring(
 ) -> Cost:
     if world_size <= LARGEST:
         return _simulate(method, world_size, shard, backward, heads, gpu, cluster, stride)
-    small, large = (
-        _simulate(method, n, shard, backward, heads, gpu, cluster, stride) for n in (LARGEST // 2, LARGEST)
-    )
+    small, large = (_simulate(method, n, shard, backward, heads, gpu, cluster, stride) for n in (LARGEST // 2, LARGEST))
     times = (world_size - LARGEST) / (LARGEST - LARGEST // 2)
 
     def further(before: float, after: float) -> float:
@@ -158,11 +156,9 @@ def _exchange_seconds(sent: float, ulysses: int, cluster: Cluster) -> float:
 
 
 @functools.lru_cache(maxsize=512)
-def attention_cost(
-    model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, tokens: int
-) -> tuple[Cost, Cost, float, float]:
-    """Of one layer, for ``tokens`` per GPU: forward; backward; seconds of exchanging heads once more in a recomputation
-    that has the results; and the part of a link's time that the exchanges take in all."""
+def attention_cost(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, tokens: int) -> tuple[Cost, Cost, float]:
+    """Of one layer, for ``tokens`` per GPU: forward; backward; and seconds of exchanging heads once more in a
+    recomputation that has the results."""
     ulysses = degree(model, cluster.gpus, policy)
     copies = key_copies(model.heads, model.kv_heads, ulysses)
     query, key = model.heads * model.headdim, model.kv_heads * model.headdim
@@ -171,7 +167,7 @@ def attention_cost(
     # The rows of a grid lie in nodes: ring neighbours are ``ulysses`` GPUs apart.
     both = [_ring(policy.method, world_size, shard, b, heads, gpu, cluster, ulysses) for b in (False, True)]
     if ulysses == 1:
-        return both[0], both[1], 0.0, 0.0
+        return both[0], both[1], 0.0
     operands = 2 * tokens * (query + 2 * key * copies)
     out = 2 * tokens * query
     # Backward: dout there, dq, dk and dv back, those of copied key heads in float32.
@@ -184,5 +180,4 @@ def attention_cost(
         Cost(a.compute, a.exposed, forward, a.transfers),
         Cost(b.compute, b.exposed, backward, b.transfers),
         again,
-        forward + backward + again,
     )

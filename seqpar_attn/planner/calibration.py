@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def _curve(points: Any, what: str) -> Curve:
     if not isinstance(points, Sequence) or not points:
         raise ValueError(f"expected {what} to be a list of [size, rate], got {points!r}")
     curve = tuple((float(size), float(rate)) for size, rate in points)
-    if any(a[0] >= b[0] for a, b in zip(curve, curve[1:])) or any(min(point) <= 0 for point in curve):
+    if any(a[0] >= b[0] for a, b in itertools.pairwise(curve)) or any(min(point) <= 0 for point in curve):
         raise ValueError(f"expected {what} to have positive rates at growing sizes, got {points!r}")
     return curve
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ def on_curve(curve: Curve, size: float) -> float:
     """The rate at ``size``."""
     if size <= curve[0][0]:
         return curve[0][1]
-    for (low, before), (high, after) in zip(curve, curve[1:]):
+    for (low, before), (high, after) in itertools.pairwise(curve):
         if size <= high:
             return before + (after - before) * math.log(size / low) / math.log(high / low)
     return curve[-1][1]

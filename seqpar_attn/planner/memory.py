@@ -8,9 +8,10 @@ that is first and the one that is last on the way back, the loss, or attention's
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from ..schedule import Kind
+from ..schedule import Kind, Schedule
 from .attention import key_copies, schedule_of
 from .models import Model
 from .policy import Cluster, Policy, degree
@@ -41,17 +42,28 @@ class _Sizes:
 def _sizes(model: Model, tokens: int) -> _Sizes:
     query, key = model.heads * model.headdim, model.kv_heads * model.headdim
     two = 2 * tokens
-    return _Sizes(tokens, two * model.hidden, two * query, two * key, two * model.intermediate, 4 * tokens * model.heads)
+    return _Sizes(
+        tokens, two * model.hidden, two * query, two * key, two * model.intermediate, 4 * tokens * model.heads
+    )
 
 
-def _slots(policy: Policy, world_size: int, shard: int, backward: bool) -> dict[Kind, int]:
-    # A longer ring needs no more of them: what a slot held is gone a few steps later.
-    schedule = schedule_of(policy.method, min(world_size, 16), shard, backward)
-    return {kind: schedule.slots(kind) for kind in Kind}
+Slots = dict[Kind, int]
 
 
-def _ring_buffers(s: _Sizes, key: int, slots: dict[Kind, int], backward: bool) -> Parts:
-    """Attention's own buffers, beside its operands and results; ``key`` with the copies of Ulysses."""
+@functools.lru_cache(maxsize=64)
+def _slots(schedule: Schedule) -> list[Slots]:
+    """Of every rank: with DistFlashAttn some get queries and others keys."""
+    return [{kind: schedule.slots(kind, rank) for kind in Kind} for rank in range(schedule.world_size)]
+
+
+def _ring_buffers(s: _Sizes, key: int, schedule: Schedule, backward: bool) -> Parts:
+    """Attention's own buffers beside its operands and results, of the rank that needs most."""
+    ranks = [_rank_buffers(s, key, slots, backward) for slots in _slots(schedule)]
+    return max(ranks, key=lambda parts: sum(parts.values()))
+
+
+def _rank_buffers(s: _Sizes, key: int, slots: Slots, backward: bool) -> Parts:
+    """``key`` with the copies of Ulysses."""
     operands = slots[Kind.KV] * 2 * key + slots[Kind.QUERY] * ((2 * s.query + 2 * s.lse) if backward else s.query)
     if not backward:
         partial = slots[Kind.OUT] * (2 * s.query + s.lse)
@@ -66,8 +78,9 @@ def _attention(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, backwa
     ulysses = degree(model, cluster.gpus, policy)
     copies = key_copies(model.heads, model.kv_heads, ulysses)
     key = s.key * copies
-    slots = _slots(policy, cluster.gpus // ulysses, s.tokens * ulysses, backward)
-    parts = _ring_buffers(s, key, slots, backward)
+    # A longer ring needs no more slots: what one held is gone a few steps later.
+    schedule = schedule_of(policy.method, min(cluster.gpus // ulysses, 16), s.tokens * ulysses, backward)
+    parts = _ring_buffers(s, key, schedule, backward)
     parts["attention: operands"] = (2 if backward else 1) * s.query + 2 * s.key
     if ulysses > 1:
         # What was exchanged stays for the backward pass (q, k, v, out; there also dout), and a copy to send from.

@@ -16,7 +16,7 @@ ACTIVATIONS = ("keep", "offload")
 
 @dataclass(frozen=True)
 class Policy:
-    """``ulysses``: how many ranks exchange heads (method "usp" only); the rest is :func:`seqpar_attn.memory.apply`'s."""
+    """``ulysses``: how many ranks exchange heads ("usp" only); the rest is :func:`seqpar_attn.memory.apply`'s."""
 
     method: str = "ring"
     attention: str = "save"

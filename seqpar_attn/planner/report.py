@@ -65,7 +65,8 @@ def render(plan: Plan, longest: int, longest_of_all: tuple[int, Policy] | None) 
     rows.append(("all", f"{total / GIB:.2f}", f"of {plan.capacity / GIB:.1f}: {verdict}"))
     lines += [f"memory per GPU at the worst moment, {plan.memory.moment}", table(("", "GiB", ""), rows), ""]
     if plan.memory.host:
-        lines += [f"page-locked host memory per GPU: {plan.memory.host / GIB:.1f} GiB", ""]
+        host = plan.memory.host / GIB
+        lines += [f"page-locked host memory: {host:.1f} GiB per GPU, {host * plan.cluster.gpus:.1f} in all", ""]
     rows = [(name, f"{seconds:.2f}", f"{100 * seconds / step:.1f}%") for name, seconds in plan.step.parts]
     lines += ["time of a step", table(("", "s", ""), [*rows, ("all", f"{step:.2f}", "")]), ""]
     summary = [
@@ -122,7 +123,7 @@ def as_dict(plan: Plan, longest: int) -> dict[str, Any]:
 def render_sweep(plans: Sequence[tuple[int, Plan | str]]) -> str:
     """One row per context: the best plan, or why there is none."""
     header = ("context", "GiB", "host GiB", "step s", "tokens/s", "MFU", "hidden", "policy")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for context, plan in plans:
         if isinstance(plan, str):
             rows.append((amount(context), "", "", "", "", "", "", plan))
@@ -131,7 +132,9 @@ def render_sweep(plans: Sequence[tuple[int, Plan | str]]) -> str:
         rates = (f"{plan.tokens_per_second:.0f}", f"{100 * plan.mfu:.1f}%", f"{100 * plan.step.hidden_share:.0f}%")
         rows.append((amount(context), *(f"{x:.1f}" for x in cells), *rates, str(plan.policy)))
     widths = [max(len(row[n]) for row in (header, *rows)) for n in range(len(header) - 1)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]).rstrip() for row in (header, *rows))
+    return "\n".join(
+        "  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]).rstrip() for row in (header, *rows)
+    )
 
 
 def plot_sweep(plans: Sequence[tuple[int, Plan | str]], path: str) -> bool:

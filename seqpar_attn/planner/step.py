@@ -30,7 +30,7 @@ class Runs:
 
 
 def runs(policy: Policy, tokens: int) -> Runs:
-    """Tiles of an MLP are checkpoints within the block's: both run again, but the block's run stops at the last tile."""
+    """Tiles of an MLP are checkpoints in the block's: both run again, but the block's stops at the last tile."""
     if policy.tile_mlp is None:
         return Runs(2.0, 1.0)
     last = (tokens % policy.tile_mlp or policy.tile_mlp) / tokens if tokens > policy.tile_mlp else 1.0
@@ -89,11 +89,11 @@ class Step:
 def predict_step(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, tokens: int) -> Step:
     """For ``tokens`` per GPU."""
     layers = model.layers
-    forward, backward, exchange_again, exchanged = attention_cost(model, gpu, cluster, policy, tokens)
+    forward, backward, exchange_again = attention_cost(model, gpu, cluster, policy, tokens)
     again = forward if policy.attention == "recompute" else Cost(exchange=exchange_again)
     products = gemm_flops(model, policy, tokens) / gpu.gemm_tflops / 1e12
     other = elementwise_bytes(model, policy, tokens) / gpu.copy_gbps / 1e9
-    # A third of what is not attention is the first forward, roughly: what FSDP's and the host's copies hide behind.
+    # A quarter of what is not attention is the first forward, roughly: what FSDP's and the host's copies hide behind.
     first = (products + other) / 4 + forward.total
     second = (products + other) * 3 / 4 + backward.total + again.total
 

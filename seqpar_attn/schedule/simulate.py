@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,15 +70,26 @@ def simulate_schedule(
     out_free, in_free = [0.0] * world_size, [0.0] * world_size
     for step, row in enumerate(schedule.steps):
         arrived = list(start)
-        for source in range(world_size):
-            for transfer in row[source].sends:
-                target = transfer.peer
-                begin = max(start[source], start[target], out_free[source], in_free[target])
-                speed = rates.bytes_per_second if bandwidth is None else bandwidth(source, target)
-                end = begin + rates.latency + size(transfer) / speed
-                out_free[source] = in_free[target] = end
-                arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
-                sent[source] += size(transfer)
+        # Whatever can start first does; of equals, a rank's earlier message. (In the order of ranks instead, messages
+        # would wait for each other in chains as long as the ring.)
+        waiting = [
+            (max(start[source], start[transfer.peer]), number, source, transfer)
+            for source in range(world_size)
+            for number, transfer in enumerate(row[source].sends)
+        ]
+        heapq.heapify(waiting)
+        while waiting:
+            posted, number, source, transfer = heapq.heappop(waiting)
+            target = transfer.peer
+            begin = max(posted, out_free[source], in_free[target])
+            if begin > posted:
+                heapq.heappush(waiting, (begin, number, source, transfer))
+                continue
+            speed = rates.bytes_per_second if bandwidth is None else bandwidth(source, target)
+            end = begin + rates.latency + size(transfer) / speed
+            out_free[source] = in_free[target] = end
+            arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
+            sent[source] += size(transfer)
         for rank in range(world_size):
             duration = seconds(step, rank)
             busy[rank] += duration

@@ -1,0 +1,467 @@
+"""The planner: its parts against the package it plans for, its predictions against what was measured, its refusals."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqpar_attn import __main__, heads, plan
+from seqpar_attn.kernels.reference import ReferenceKernel
+from seqpar_attn.layout import get_layout
+from seqpar_attn.mask import Mask
+from seqpar_attn.passes import Backward, Forward
+from seqpar_attn.planner import (
+    GPUS,
+    LINKS,
+    MODELS,
+    Model,
+    Policy,
+    attention,
+    attention_cost,
+    best_plan,
+    calibration,
+    find_gpu,
+    find_link,
+    find_model,
+    from_config,
+    longest,
+    make_cluster,
+    make_plan,
+    memory,
+    policies,
+    predict_memory,
+    read_calibration,
+    step,
+)
+from seqpar_attn.planner.report import amount, parse_amount
+from seqpar_attn.schedule import Kind, Rates, simulate_schedule
+from seqpar_attn.validation import Call
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+H100 = GPUS["h100-80g"]
+LLAMA = MODELS["llama-2-7b"]
+EIGHT = make_cluster(8, LINKS["nvlink4"])
+
+
+# What the planner says again without torch ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "layout"), [("ring", "zigzag"), ("dist_flash", "contiguous")])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_spans_are_those_of_the_layouts(method, layout, world_size):
+    assert attention.spans(method, world_size, 6) == get_layout(layout, world_size).chunks(6 * world_size)
+
+
+@pytest.mark.parametrize("shard", [2048, 16384])
+@pytest.mark.parametrize("backward", [False, True])
+def test_schedules_are_those_that_are_played(shard, backward):
+    played = plan.make_plan("ring", "pull", "zigzag", 4, Mask(4 * shard))
+    assert attention.schedule_of("ring", 4, shard, backward) == (played.backward if backward else played.forward)
+
+
+@pytest.mark.parametrize(("nheads", "nheads_kv"), [(32, 32), (32, 8), (12, 2), (6, 3)])
+def test_key_copies_are_those_of_heads(nheads, nheads_kv):
+    for ulysses in (n for n in range(1, nheads + 1) if nheads % n == 0):
+        expected = heads.key_copies(nheads, nheads_kv, ulysses)
+        assert attention.key_copies(nheads, nheads_kv, ulysses) == expected
+
+
+def test_models_are_those_of_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = pytest.importorskip("one_rank_model")
+    for name, model in MODELS.items():
+        assert from_config({"model_type": "llama"} | bench.MODELS[name], name) == model
+        assert model.flops_per_token(1 << 20) == bench.flops_per_token(bench.MODELS[name], 1 << 20)
+        assert model.headdim * model.heads == model.hidden
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize("method", ["ring", "dist_flash"])
+def test_attention_buffers_are_those_that_are_allocated(method, world_size, kv_heads):
+    """Every byte that a pass holds beside its operands and what it returns, on the rank that holds most."""
+    model = Model("small", 64, 64, 1, 4, kv_heads, 100, 16)
+    tokens = 32
+    s = memory._sizes(model, tokens)
+    layout = "contiguous" if method == "dist_flash" else "zigzag"
+    made = plan.Plan(method, "pull", layout, world_size, Mask(tokens * world_size), 1)
+    call = Call(method, "pull", layout, True, None, None, None, 0.25, "reference", False)
+    q, k = (torch.zeros(1, tokens, n, 16, dtype=torch.bfloat16) for n in (4, kv_heads))
+    lse = torch.zeros(1, 4, tokens)
+    for backward, given in ((False, (q, k, k)), (True, (q, k, k, q, lse, q))):
+        held = []
+        for rank in range(world_size):
+            program = made.program(backward, (rank,))
+            rest = (made, program, ReferenceKernel(), call, given)
+            played = Backward(*rest, wide_keys=False) if backward else Forward(*rest)
+            held.append(sum(nbytes for _, nbytes in played.pieces._memory))
+        schedule = made.backward if backward else made.forward
+        predicted = sum(memory._ring_buffers(s, s.key, schedule, backward).values())
+        returned = s.query + 2 * s.key if backward else 0  # dq, dk and dv in bfloat16
+        assert predicted - returned == max(held), (backward, held)
+
+
+def test_runs_of_tiles():
+    assert step.runs(Policy(tile_mlp=None), 100) == step.Runs(2, 1)
+    assert step.runs(Policy(tile_mlp=100), 100) == step.Runs(2, 1)
+    assert step.runs(Policy(tile_mlp=40), 100) == step.Runs(2.8, 1.8)  # the last of 3 tiles is 20
+    assert step.runs(Policy(tile_mlp=50), 100) == step.Runs(2.5, 1.5)
+
+
+# Predictions against measurements ---------------------------------------------------------------------------------
+
+
+def _stand_ins(model, gpus, tokens):
+    """Bytes that benchmarks/one_rank.py's sources of transfers take on the measured GPU: one per shape and dtype."""
+    shapes = set()
+    for backward in (False, True):
+        schedule = attention.schedule_of("ring", gpus, tokens, backward)
+        for row in schedule.steps:
+            for receive in row[gpus // 2].receives:
+                shapes.add((schedule.length(receive.block), 2 if receive.kind is Kind.KV else 4))
+    return sum(length * itemsize for length, itemsize in shapes) * model.kv_heads * model.headdim
+
+
+def _one_rank_rows():
+    """Every row of benchmarks/memory.py that is committed, new ones as well."""
+    for path in sorted((RESULTS / "memory").glob("*.json")):
+        payload = json.loads(path.read_text())
+        for row in [*payload["rows"], *payload.get("longest", {}).get("tried", [])]:
+            if "peak_bytes" in row and payload["model"] in MODELS and "H100" in payload["machine"]["gpu"]:
+                yield pytest.param(payload, row, id=f"{path.stem}-{amount(row['context'])}")
+
+
+ONE_RANK = list(_one_rank_rows())
+
+
+def test_there_are_measurements():
+    assert ONE_RANK
+
+
+@pytest.mark.parametrize(("payload", "row"), ONE_RANK)
+def test_predictions_are_near_one_rank_measurements(payload, row):
+    """Memory within 5% and time within 10%, for the H100's built-in rates; the files measure without any waiting."""
+    policy = Policy("ring", payload["attention"], payload["activations"], payload["tile_mlp"])
+    cluster = make_cluster(payload["gpus"], LINKS["nvlink4"])
+    found = make_plan(MODELS[payload["model"]], H100, cluster, row["context"], policy)
+    predicted = found.memory.total + _stand_ins(found.model, payload["gpus"], found.tokens)
+    assert predicted == pytest.approx(row["peak_bytes"], rel=0.05)
+    assert found.memory.host == pytest.approx(row["host_bytes"], rel=0.01)
+    if "step_ms" in row:
+        seconds = sum(x for name, x in found.step.parts if not name.startswith("waiting"))
+        assert seconds == pytest.approx(row["step_ms"] / 1e3, rel=0.1)
+        backward = dict(found.step.parts)["attention, backward"] + dict(found.step.parts)["attention, forward"]
+        assert backward == pytest.approx(row["attention_ms"] / 1e3, rel=0.1)
+
+
+def test_a_rings_share_is_near_what_was_measured_over_a_link():
+    """One rank of 8 whose transfers go over NVLink, from 8192 tokens on."""
+    payload = json.loads((RESULTS / "cuda" / "peer" / "ring.json").read_text())
+    model = Model("measured", 4096, 1, 1, payload["nheads"], payload["nheads_kv"], 1, payload["headdim"])
+    rows = [row for row in payload["rows"] if row["method"] == "zigzag" and row["tokens_per_gpu"] >= 8192]
+    assert rows
+    for row in rows:
+        forward, backward, _ = attention_cost(model, H100, EIGHT, Policy("ring"), row["tokens_per_gpu"])
+        for name, cost in (("forward", forward), ("backward", backward)):
+            assert cost.total * 1e3 == pytest.approx(max(row[name]["rank_ms"]), rel=0.1), (row["tokens_per_gpu"], name)
+
+
+def test_built_in_rates_are_those_of_the_files():
+    """So that no figure marked as measured differs from what is committed."""
+    payload = json.loads((RESULTS / "cuda" / "attention.json").read_text())
+    for row in payload["rows"]:
+        shape = row["shape"]
+        measured = dict(getattr(H100.attention[shape["headdim"]], row["direction"]))
+        rate = measured.get(shape["seqlen"])
+        if rate is not None and shape["mask"] == "full" and shape["nheads_kv"] == 32:
+            assert rate == pytest.approx(row["results"]["cuda"]["tflops"]["median"], abs=0.51), row["case"]
+    loss = json.loads((RESULTS / "loss" / "loss.json").read_text())
+    for row in loss["linear"]:
+        vocab = row["shape"]["vocab"]
+        flops = 6 * math.prod(row["shape"].values())
+        took = {name: row["results"][name]["ms"]["median"] for name in ("ours_linear_ce", "ours_ce")}
+        assert dict(H100.head)[vocab] == pytest.approx(flops / took["ours_linear_ce"] / 1e9, rel=0.002)
+        if vocab == 128256:
+            (rows,) = (x for x in loss["logits"] if x["shape"]["vocab"] == vocab)
+            products = took["ours_ce"] - rows["results"]["ours_ce"]["ms"]["median"]
+            assert H100.gemm_tflops == pytest.approx(flops / products / 1e9, rel=0.002)
+            assert H100.copy_gbps == pytest.approx(rows["gb_per_s"]["copy of half"], rel=0.01)
+
+
+# Simulation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_slower_link_between_nodes_is_priced():
+    schedule = attention.schedule_of("ring", 4, 1024, False)
+    weights = dict.fromkeys(Kind, 1.0)
+
+    def makespan(between):
+        found = simulate_schedule(
+            schedule,
+            Rates(1e30, weights, 1.0),
+            bandwidth=lambda a, b: 1.0 if a // 2 == b // 2 else between,
+        )
+        return found.makespan
+
+    assert makespan(1.0) == simulate_schedule(schedule, Rates(1e30, weights, 1.0)).makespan
+    assert makespan(0.1) > 5 * makespan(1.0)
+    assert makespan(10.0) < makespan(1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens"), [("ring", 4096), ("ring", 16384), ("dist_flash", 16384), ("double_ring", 4096)]
+)
+def test_a_large_ring_follows_from_two_smaller_ones(method, tokens, monkeypatch):
+    cluster = make_cluster(64, LINKS["nvlink4"])
+    estimated = attention_cost(LLAMA, H100, cluster, Policy(method), tokens)
+    monkeypatch.setattr(attention, "LARGEST", 64)
+    attention.attention_cost.cache_clear()
+    simulated = attention_cost(LLAMA, H100, cluster, Policy(method), tokens)
+    attention.attention_cost.cache_clear()
+    for ours, truth in zip(estimated[:2], simulated[:2]):
+        assert ours.compute == pytest.approx(truth.compute, rel=0.02)
+        assert ours.total == pytest.approx(truth.total, rel=0.05)
+
+
+def test_messages_between_other_ranks_do_not_wait_for_each_other():
+    """A ring bound by its links takes what its bytes need, with several messages per rank and step as well."""
+    world_size, tokens = 16, 4096
+    schedule = attention.schedule_of("ring", world_size, tokens, True)
+    assert max(len(cell.sends) for row in schedule.steps for cell in row) > 2
+    found = simulate_schedule(schedule, Rates(1e30, dict.fromkeys(Kind, 1.0), 1.0))
+    received = max(
+        sum(schedule.length(t.block) for row in schedule.steps for t in row[rank].receives)
+        for rank in range(world_size)
+    )
+    assert received <= found.makespan < 1.5 * received
+
+
+def test_faster_links_wait_less_and_double_rings_need_less_of_them():
+    cost = {}
+    for method in ("ring", "double_ring"):
+        for between in ("ib200", "ib400"):
+            cluster = make_cluster(32, LINKS["nvlink4"], LINKS[between])
+            cost[method, between] = attention_cost(LLAMA, H100, cluster, Policy(method), 8192)[0].exposed
+    assert cost["ring", "ib200"] > 1.5 * cost["ring", "ib400"] > 0
+    assert cost["double_ring", "ib400"] < 0.2 * cost["ring", "ib400"]
+
+
+def test_plans_of_one_gpu_move_nothing():
+    found = make_plan(LLAMA, GPUS["h200"], make_cluster(1, LINKS["nvlink4"]), 65536, Policy())
+    assert found.step.transfers == 0 and found.step.hidden_share == 1.0
+    assert not any(name.startswith("waiting for the ring") for name, _ in found.step.parts)
+
+
+def test_recomputing_costs_time_and_saves_memory():
+    plans = {a: make_plan(LLAMA, H100, EIGHT, 1 << 19, Policy(attention=a)) for a in ("save", "offload", "recompute")}
+    saved, offloaded, again = plans.values()
+    assert again.step.total > 1.15 * saved.step.total
+    assert offloaded.memory.total < 0.75 * saved.memory.total
+    assert offloaded.memory.host > saved.memory.host > 0
+
+
+# Choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_plan_is_the_fastest_that_fits():
+    choices = policies(MODELS["llama-3-8b"], 8)
+    assert {p.method for p in choices} == {"ring", "dist_flash", "ulysses", "usp"}
+    best = best_plan(MODELS["llama-3-8b"], H100, EIGHT, 1 << 20, choices)
+    assert best.fits
+    for policy in choices:
+        other = make_plan(MODELS["llama-3-8b"], H100, EIGHT, 1 << 20, policy)
+        assert not other.fits or other.step.total >= best.step.total
+
+
+def test_the_longest_context_fits_and_a_longer_one_does_not():
+    most = longest(LLAMA, H100, EIGHT, Policy())
+    assert most > 1 << 19
+    assert make_plan(LLAMA, H100, EIGHT, most, Policy()).fits
+    assert not make_plan(LLAMA, H100, EIGHT, int(1.04 * most), Policy()).fits
+
+
+def test_memory_grows_with_tokens_and_falls_with_gpus():
+    sizes = [predict_memory(LLAMA, EIGHT, Policy(), n).total for n in (8192, 16384, 32768)]
+    assert sizes == sorted(sizes)
+    sixteen = make_cluster(16, LINKS["nvlink4"])
+    assert predict_memory(LLAMA, sixteen, Policy(), 8192).total < sizes[0]
+
+
+# Calibration files ------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_file_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(calibration.to_json(H100, {"gpu": "test"})))
+    found = read_calibration(path)
+    for field in dataclasses.fields(H100):
+        assert getattr(found, field.name) == getattr(H100, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema 1, got 2"),
+        ({"schema": None}, "schema 1, got None"),
+        ({"gemm_tflops": None}, "TypeError"),
+        ({"gemm_tflops": -1}, "positive rates"),
+        ({"attention": {}}, "0 for attention"),
+        ({"head": []}, r"list of \[size, rank\]".replace("rank", "rate")),
+        ({"head": [[2, 1.0], [1, 1.0]]}, "growing sizes"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, change, message):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(calibration.to_json(H100, {}) | change))
+    with pytest.raises(ValueError, match=message):
+        read_calibration(path)
+
+
+def test_missing_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist: write one with python3 benchmarks/calibrate.py"):
+        read_calibration(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="to be JSON"):
+        read_calibration(tmp_path / "broken.json")
+
+
+# Bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_unknown_is_refused_with_what_is_possible(tmp_path):
+    with pytest.raises(ValueError, match="llama-2-7b, llama-2-13b, llama-3-8b, a folder"):
+        find_model("gpt")
+    with pytest.raises(ValueError, match=r"h100-80g, a100-80g, h200, got 'b200': .* benchmarks/calibrate.py"):
+        find_gpu("b200")
+    with pytest.raises(ValueError, match="nvlink4, nvlink3, ib400"):
+        find_link("pcie")
+    with pytest.raises(ValueError, match="whole nodes of 8 GPUs"):
+        make_cluster(12, LINKS["nvlink4"])
+    with pytest.raises(ValueError, match="expected method to be one of ring"):
+        Policy("zigzag")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="llama, mistral"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(ValueError, match="intermediate_size, num_hidden_layers"):
+        find_model(str(tmp_path / "config.json"))
+
+
+def test_heads_that_do_not_divide_are_refused():
+    model = MODELS["llama-2-13b"]
+    sixteen = make_cluster(16, LINKS["nvlink4"])
+    with pytest.raises(ValueError, match=r"one of 1, 2, 4, 8 for 40 heads on 16 GPUs, got 16: or choose method 'ring'"):
+        make_plan(model, H100, sixteen, 1 << 18, Policy("ulysses"))
+    assert "ulysses" not in {p.method for p in policies(model, 16)}
+    with pytest.raises(ValueError, match="choose 'ring'"):
+        policies(model, 7, "usp")
+
+
+def test_a_context_that_fits_nowhere_says_what_would():
+    with pytest.raises(ValueError, match=r"up to \d+ tokens should fit") as error:
+        best_plan(LLAMA, H100, EIGHT, 1 << 24, policies(LLAMA, 8))
+    most = int(str(error.value).split("up to ")[1].split()[0])
+    assert best_plan(LLAMA, H100, EIGHT, most, policies(LLAMA, 8)).fits
+    with pytest.raises(ValueError, match="no context fits: use more GPUs"):
+        best_plan(LLAMA, H100, make_cluster(1, LINKS["nvlink4"]), 1 << 20, policies(LLAMA, 1))
+
+
+def test_amounts():
+    assert parse_amount("700k") == 716800 and parse_amount("1.5M") == 3 << 19 and parse_amount("77") == 77
+    assert amount(716800) == "700K" and amount(1 << 20) == "1M" and amount(1000) == "1000"
+    for text in ("", "k", "many", "-1", "1g"):
+        with pytest.raises(ValueError, match="tokens"):
+            parse_amount(text)
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    code = __main__.main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_prints_a_plan(capsys):
+    code, out, _ = run(capsys, "--model", "llama-2-7b", "--context", "700k", "--method", "ring")
+    assert code == 0
+    for text in ("PREDICTED", "fits", "tokens/s, predicted", "MFU of 989", "longest context", "assumed", "measured"):
+        assert text in out
+    code, out, _ = run(capsys, "--model", "llama-2-7b", "--context", "700k", "--json")
+    found = json.loads(out)
+    assert found["predicted"] is True
+    assert found["step_total"] == pytest.approx(sum(found["step"].values()))
+    assert found["tokens_per_second"] == pytest.approx(716800 / found["step_total"])
+
+
+def test_the_command_says_when_a_fixed_policy_does_not_fit(capsys):
+    fixed = ("--method", "ring", "--attention", "save", "--activations", "keep", "--tile-mlp", "none")
+    code, out, _ = run(capsys, "--model", "llama-2-7b", "--context", "4m", *fixed)
+    assert code == 1 and "DOES NOT FIT" in out
+
+
+def test_the_command_reads_a_configuration_and_a_calibration(capsys, tmp_path):
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            sizes | {"model_type": "mistral", "vocab_size": 32000, "num_key_value_heads": 4, "sliding_window": 4096}
+        )
+    )
+    (tmp_path / "gpu.json").write_text(json.dumps(calibration.to_json(dataclasses.replace(H100, name="mine"), {})))
+    arguments = ("--model", str(tmp_path), "--calibration", str(tmp_path / "gpu.json"), "--context", "128k")
+    code, out, _ = run(capsys, *arguments, "--method", "ring")
+    assert code == 0 and "8 x mine" in out and "planned as full causal" in out
+
+
+def test_the_sweep_is_a_table_and_a_picture(capsys, tmp_path):
+    picture = tmp_path / "sweep.png"
+    drawing = ("--plot", str(picture)) if _matplotlib() else ()
+    choices = ("--method", "ring", "--activations", "offload")
+    code, out, _ = run(capsys, "--model", "llama-2-7b", *choices, "--sweep", "64k", "1m", "64m", *drawing)
+    assert code == 0 and "PREDICTED" in out
+    assert out.splitlines()[-1].split() == ["64M", "does", "not", "fit"]
+    assert not drawing or picture.read_bytes().startswith(b"\x89PNG")
+
+
+def _matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt", "--context", "1m"), "expected model"),
+        (("--model", "llama-2-7b"), "expected --context"),
+        (("--model", "llama-2-7b", "--context", "x"), "such as 65536"),
+        (("--model", "llama-2-7b", "--context", "1m", "--calibration", "nowhere.json"), "does not exist"),
+        (("--model", "llama-2-7b", "--context", "1m", "--gpus", "0"), "at least 1"),
+        (("--model", "llama-2-7b", "--context", "99m"), "should fit"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_the_planner_needs_no_torch():
+    import subprocess
+
+    code = (
+        "import sys, types, importlib; package = types.ModuleType('seqpar_attn');"
+        f"package.__path__ = [{str(ROOT / 'seqpar_attn')!r}]; sys.modules['seqpar_attn'] = package;"
+        "planner = importlib.import_module('seqpar_attn.planner');"
+        "print(len(planner.MODELS), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["3", "False"], done.stderr
