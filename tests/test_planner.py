@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -322,6 +323,24 @@ def test_another_file_is_refused(tmp_path, change, message):
         read_calibration(path)
 
 
+def test_calibrate_writes_what_plans_read(tmp_path):
+    path = tmp_path / "mine.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "calibrate.py"),
+        "--dry-run",
+        "--headdims",
+        "16",
+        "--out",
+        str(path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = read_calibration(path)
+    assert "dry run" in found.name and list(found.attention) == [16]
+    assert all(len(curve) == 2 for curve in (found.attention[16].forward, found.attention[16].backward, found.head))
+
+
 def test_missing_and_broken_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not exist: write one with python3 benchmarks/calibrate.py"):
         read_calibration(tmp_path / "none.json")
@@ -455,8 +474,6 @@ def test_the_command_answers_bad_input_in_one_line(capsys, arguments, message):
 
 
 def test_the_planner_needs_no_torch():
-    import subprocess
-
     code = (
         "import sys, types, importlib; package = types.ModuleType('seqpar_attn');"
         f"package.__path__ = [{str(ROOT / 'seqpar_attn')!r}]; sys.modules['seqpar_attn'] = package;"
