@@ -3,8 +3,8 @@
     python3 benchmarks/calibrate.py --out my_gpu.json
     python3 -m seqpar_attn plan --model llama-2-7b --context 700k --calibration my_gpu.json
 
-Attention (full masks, 32 heads), matrix products, the loss from hidden states, copies inside the GPU's memory and to and
-from page-locked host memory. Long calls are included because a card that is busy for long runs at lower clocks.
+Attention (full masks, 32 heads), matrix products, the loss from hidden states, copies inside the GPU's memory and to
+and from page-locked host memory. Long calls are included because a card that is busy for long runs at lower clocks.
 ``--dry-run`` goes through everything with tiny sizes, on a CPU as well; its file says that it means nothing.
 """
 

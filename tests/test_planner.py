@@ -252,6 +252,36 @@ def test_faster_links_wait_less_and_double_rings_need_less_of_them():
     assert cost["double_ring", "ib400"] < 0.2 * cost["ring", "ib400"]
 
 
+def test_a_ring_over_adapters_waits_below_as_many_tokens_as_theory_says():
+    """2.4 g F / B tokens per GPU hide backward's transfers: 12 bytes per key element, 5 operations per pair."""
+    model = MODELS["llama-3-8b"]
+    cluster = make_cluster(32, LINKS["nvlink4"])
+    needed = 2.4 * model.kv_heads / model.heads * 581e12 / (cluster.between.gbps * 1e9)
+    for tokens, bound in ((needed / 2, True), (1.5 * needed, False)):
+        backward = attention_cost(model, H100, cluster, Policy("ring"), 2 * int(tokens / 2))[1]
+        assert (backward.exposed > 0.3 * backward.compute) is bound
+        assert bound or backward.exposed < 0.05 * backward.compute
+
+
+def test_scale_is_what_its_script_computes(monkeypatch):
+    """Some rows of the committed result, again: run benchmarks/scale.py if this fails."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scale
+
+    payload = json.loads((RESULTS / "scale" / "llama-3-8b-ib400.json").read_text())
+    checked = 0
+    for row in payload["rows"]:
+        assert row["predicted"] is True
+        gpus, context, method = (row[key] for key in ("gpus", "context", "method"))
+        if context == 1 << 20 and gpus in (8, 16) and method != "usp":
+            plan = scale.predict(MODELS["llama-3-8b"], H100, gpus, context, method, "ib400")
+            found = scale.row(plan, gpus, context, method)
+            for key in ("tokens_per_second", "memory_gib"):
+                assert found[key] == pytest.approx(row[key], rel=1e-6), row
+            checked += 1
+    assert checked == 6
+
+
 def test_plans_of_one_gpu_move_nothing():
     found = make_plan(LLAMA, GPUS["h200"], make_cluster(1, LINKS["nvlink4"]), 65536, Policy())
     assert found.step.transfers == 0 and found.step.hidden_share == 1.0
@@ -325,16 +355,9 @@ def test_another_file_is_refused(tmp_path, change, message):
 
 def test_calibrate_writes_what_plans_read(tmp_path):
     path = tmp_path / "mine.json"
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "calibrate.py"),
-        "--dry-run",
-        "--headdims",
-        "16",
-        "--out",
-        str(path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    script = ROOT / "benchmarks" / "calibrate.py"
+    options = ("--dry-run", "--headdims", "16", "--out", str(path))
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = read_calibration(path)
     assert "dry run" in found.name and list(found.attention) == [16]

@@ -78,6 +78,10 @@ def render(plan: Plan, longest: int, longest_of_all: tuple[int, Policy] | None) 
     lines += [f"{name}: {value}" for name, value in summary]
     if longest_of_all is not None and longest_of_all[0] > longest:
         lines.append(f"longest context of all policies, predicted: {amount(longest_of_all[0])} ({longest_of_all[1]})")
+    lines.append(
+        "note: memory is that of tensors; torch's allocator may hold more of it, less so with "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    )
     if plan.model.window is not None:
         lines.append(f"note: the model's sliding window of {plan.model.window} tokens is planned as full causal")
     if plan.model.headdim not in plan.gpu.attention:
