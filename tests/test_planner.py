@@ -215,7 +215,7 @@ def test_a_slower_link_between_nodes_is_priced():
 
 
 @pytest.mark.parametrize(
-    ("method", "tokens"), [("ring", 4096), ("ring", 16384), ("dist_flash", 16384), ("double_ring", 4096)]
+    ("method", "tokens"), [("ring", 4096), ("dist_flash", 16384), ("double_ring", 4096)]
 )
 def test_a_large_ring_follows_from_two_smaller_ones(method, tokens, monkeypatch):
     cluster = make_cluster(64, LINKS["nvlink4"])
