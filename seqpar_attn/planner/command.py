@@ -28,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("plan", help=__doc__, description=__doc__)
     parser.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a config.json or its folder")
     parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu", default="h100-80g", help=", ".join(GPUS))
+    parser.add_argument("--gpu", help=f"{', '.join(GPUS)}; default h100-80g")
     parser.add_argument("--link", default="nvlink4", help=", ".join(LINKS))
     parser.add_argument("--between", help="link between nodes; default ib400")
     parser.add_argument("--context", help="tokens; k is 1024, m 1024 k")
@@ -68,9 +68,9 @@ def _sweep(arguments: argparse.Namespace, *where: Any) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     model = find_model(arguments.model)
-    if arguments.calibration and arguments.gpu not in ("h100-80g", None):
+    if arguments.calibration and arguments.gpu:
         raise ValueError(f"expected --gpu or --calibration, got both: {arguments.gpu!r}")
-    gpu = calibration.read(arguments.calibration) if arguments.calibration else find_gpu(arguments.gpu)
+    gpu = calibration.read(arguments.calibration) if arguments.calibration else find_gpu(arguments.gpu or "h100-80g")
     between = None if arguments.between is None else find_link(arguments.between)
     cluster = make_cluster(arguments.gpus, find_link(arguments.link), between)
     choices = policies(
