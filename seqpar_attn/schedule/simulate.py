@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,12 +46,14 @@ def simulate_schedule(
     rates: Rates,
     *,
     step_seconds: Callable[[int, int], float] | None = None,
+    bandwidth: Callable[[int, int], float] | None = None,
 ) -> Simulation:
     """Play the schedule in time.
 
     A rank starts a step when it has computed the step before and that step's transfers to and from it are done. A
     message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)`` replaces the
-    constant rate, e.g. by measured times.
+    constant rate, e.g. by measured times; ``bandwidth(source, target)`` replaces ``bytes_per_second``, e.g. where nodes
+    are joined by slower links.
     """
     world_size = schedule.world_size
 
@@ -67,14 +70,26 @@ def simulate_schedule(
     out_free, in_free = [0.0] * world_size, [0.0] * world_size
     for step, row in enumerate(schedule.steps):
         arrived = list(start)
-        for source in range(world_size):
-            for transfer in row[source].sends:
-                target = transfer.peer
-                begin = max(start[source], start[target], out_free[source], in_free[target])
-                end = begin + rates.latency + size(transfer) / rates.bytes_per_second
-                out_free[source] = in_free[target] = end
-                arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
-                sent[source] += size(transfer)
+        # Whatever can start first does; of equals, a rank's earlier message. (In the order of ranks instead, messages
+        # would wait for each other in chains as long as the ring.)
+        waiting = [
+            (max(start[source], start[transfer.peer]), number, source, transfer)
+            for source in range(world_size)
+            for number, transfer in enumerate(row[source].sends)
+        ]
+        heapq.heapify(waiting)
+        while waiting:
+            posted, number, source, transfer = heapq.heappop(waiting)
+            target = transfer.peer
+            begin = max(posted, out_free[source], in_free[target])
+            if begin > posted:
+                heapq.heappush(waiting, (begin, number, source, transfer))
+                continue
+            speed = rates.bytes_per_second if bandwidth is None else bandwidth(source, target)
+            end = begin + rates.latency + size(transfer) / speed
+            out_free[source] = in_free[target] = end
+            arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
+            sent[source] += size(transfer)
         for rank in range(world_size):
             duration = seconds(step, rank)
             busy[rank] += duration

@@ -1,0 +1,167 @@
+"""Bytes on one GPU at the worst moment of a training step, by part.
+
+Parameters, gradients and AdamW's states are float32 shards of FSDP2, computation is bfloat16, every block is
+checkpointed by :func:`seqpar_attn.memory.apply`, and the loss is :func:`seqpar_attn.linear_cross_entropy`. The blocks
+are Hugging Face's, eager. The worst moment is one of six: attention's backward, the MLP's backward, each in the block
+that is first and the one that is last on the way back, the loss, or attention's forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..schedule import Kind, Schedule
+from .attention import key_copies, schedule_of
+from .models import Model
+from .policy import Cluster, Policy, degree
+
+LOGITS_BYTES = 512 << 20
+"""As in :mod:`seqpar_attn.loss.linear`."""
+RESERVED = 2 << 30
+"""Bytes that the CUDA context, NCCL and libraries take besides torch's tensors: assumed."""
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a shard's tensors in bfloat16."""
+
+    tokens: int
+    hidden: int
+    query: int
+    """Also out, its gradient and that of queries."""
+    key: int
+    """Keys alone; values are as many."""
+    middle: int
+    """One intermediate of the MLP."""
+    lse: int
+
+
+def _sizes(model: Model, tokens: int) -> _Sizes:
+    query, key = model.heads * model.headdim, model.kv_heads * model.headdim
+    two = 2 * tokens
+    return _Sizes(
+        tokens, two * model.hidden, two * query, two * key, two * model.intermediate, 4 * tokens * model.heads
+    )
+
+
+Slots = dict[Kind, int]
+
+
+@functools.lru_cache(maxsize=64)
+def _slots(schedule: Schedule) -> list[Slots]:
+    """Of every rank: with DistFlashAttn some get queries and others keys."""
+    return [{kind: schedule.slots(kind, rank) for kind in Kind} for rank in range(schedule.world_size)]
+
+
+def _ring_buffers(s: _Sizes, key: int, schedule: Schedule, backward: bool) -> Parts:
+    """Attention's own buffers beside its operands and results, of the rank that needs most."""
+    ranks = [_rank_buffers(s, key, slots, backward) for slots in _slots(schedule)]
+    return max(ranks, key=lambda parts: sum(parts.values()))
+
+
+def _rank_buffers(s: _Sizes, key: int, slots: Slots, backward: bool) -> Parts:
+    """``key`` with the copies of Ulysses."""
+    operands = slots[Kind.KV] * 2 * key + slots[Kind.QUERY] * ((2 * s.query + 2 * s.lse) if backward else s.query)
+    if not backward:
+        partial = slots[Kind.OUT] * (2 * s.query + s.lse)
+        return {"attention: received": operands + partial, "attention: accumulators": 2 * s.query}
+    partial = slots[Kind.DQ] * 2 * s.query + slots[Kind.DKV] * 4 * key
+    # dq, dk and dv in float32 and, when all is added up, in bfloat16 as well; delta.
+    own = (2 + 1) * s.query + (4 + 2) * key + s.lse
+    return {"attention: received": operands + partial, "attention: accumulators": own}
+
+
+def _attention(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, backward: bool) -> Parts:
+    ulysses = degree(model, cluster.gpus, policy)
+    copies = key_copies(model.heads, model.kv_heads, ulysses)
+    key = s.key * copies
+    # A longer ring needs no more slots: what one held is gone a few steps later.
+    schedule = schedule_of(policy.method, min(cluster.gpus // ulysses, 16), s.tokens * ulysses, backward)
+    parts = _ring_buffers(s, key, schedule, backward)
+    parts["attention: operands"] = (2 if backward else 1) * s.query + 2 * s.key
+    if ulysses > 1:
+        # What was exchanged stays for the backward pass (q, k, v, out; there also dout), and a copy to send from.
+        held = (3 if backward else 2) * s.query + 2 * key + s.query
+        back = s.query + 2 * key if backward else s.query
+        parts["attention: exchanged heads"] = held + back
+    return parts
+
+
+def _kept(model: Model, policy: Policy, s: _Sizes, layers: int) -> Parts:
+    """What ``layers`` blocks still hold, and the block at work. Offloaded tensors of two are on the device."""
+    results = {"save": layers, "offload": 2, "recompute": 1}[policy.attention]
+    inputs = {"keep": layers, "offload": 2}[policy.activations]
+    return {
+        "attention's results": min(results, layers) * (s.query + s.lse),
+        "inputs of blocks": min(inputs, layers) * s.hidden,
+    }
+
+
+def _weights(model: Model, cluster: Cluster, done: int) -> Parts:
+    """FSDP2's: two blocks gathered in bfloat16, one block's gradients in bfloat16 and the last one's in float32 on
+    their way; embedding and head stay gathered, with the head's gradient; ``done`` blocks' gradients as shards."""
+    layer = model.attention_weights + model.mlp_weights
+    root = model.head_weights * (1 if model.tied else 2)
+    return {
+        "gathered weights": 2 * 2 * layer + 2 * root,
+        "gradients": 2 * layer + 2 * model.head_weights + (4 * layer if done else 0) + 4 * done * layer / cluster.gpus,
+    }
+
+
+def _moments(model: Model, cluster: Cluster, policy: Policy, tokens: int) -> dict[str, Parts]:
+    s = _sizes(model, tokens)
+    norm = 4 * s.hidden
+    """A norm keeps its input in float32, and the normalized states before and after the weight."""
+    residual = s.hidden
+    """The gradient of the residual stream."""
+    tile = min(policy.tile_mlp or tokens, tokens) / tokens
+    mlp = 7 * s.middle * tile
+    """gate, up, silu(gate), their product; and three gradients."""
+    static = {"parameters and optimizer": 12 * model.parameters / cluster.gpus}
+    moments = {}
+    for place, left, done in (("first", model.layers, 0), ("last", 1, model.layers - 1)):
+        common = static | _weights(model, cluster, done) | _kept(model, policy, s, left)
+        moments[f"attention's backward, {place} block"] = (
+            common | _attention(model, cluster, policy, s, True) | {"activations of a block": norm + residual}
+        )
+        # Attention's operands wait; two more hidden states are the gradient of the MLP's input and of the sum.
+        moments[f"the MLP's backward, {place} block"] = common | {
+            "attention: operands": s.query + 2 * s.key,
+            "activations of a block": 2 * norm + residual + 2 * s.hidden,
+            "MLP": mlp,
+        }
+    everything = static | _weights(model, cluster, 0) | _kept(model, policy, s, model.layers)
+    # Hidden states, their norm, and their gradient in float32, scaled float32 and bfloat16; the weight's in float32.
+    moments["the loss"] = everything | {
+        "activations of a block": norm + 6 * s.hidden,
+        "logits": LOGITS_BYTES + 4 * model.head_weights,
+    }
+    moments["attention's forward"] = (
+        everything | _attention(model, cluster, policy, s, False) | {"activations of a block": 3 * s.hidden}
+    )
+    return moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """``parts`` in bytes at ``moment``, the worst of a step; ``host`` bytes of page-locked memory per GPU."""
+
+    moment: str
+    parts: tuple[tuple[str, float], ...]
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(size for _, size in self.parts)
+
+
+def predict_memory(model: Model, cluster: Cluster, policy: Policy, tokens: int) -> Memory:
+    """For ``tokens`` per GPU."""
+    moments = _moments(model, cluster, policy, tokens)
+    worst = max(moments, key=lambda name: sum(moments[name].values()))
+    s = _sizes(model, tokens)
+    host = (s.query + s.lse) * (policy.attention == "offload") + s.hidden * (policy.activations == "offload")
+    return Memory(worst, tuple((name, size) for name, size in moments[worst].items() if size), model.layers * host)

@@ -1,0 +1,88 @@
+"""What a plan may choose: the method of attention, and what a block keeps for the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .hardware import GPUS_PER_NODE, Link
+from .models import Model
+
+METHODS = ("ring", "dist_flash", "ulysses", "usp", "double_ring")
+"""``double_ring``: a ring of nodes around a ring of GPUs. It is priced, but not played by this package."""
+PLAYED = METHODS[:-1]
+ATTENTION = ("save", "offload", "recompute")
+ACTIVATIONS = ("keep", "offload")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``ulysses``: how many ranks exchange heads ("usp" only); the rest is :func:`seqpar_attn.memory.apply`'s."""
+
+    method: str = "ring"
+    attention: str = "save"
+    activations: str = "offload"
+    tile_mlp: int | None = 16384
+    ulysses: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("attention", ATTENTION), ("activations", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.tile_mlp is not None and self.tile_mlp < 1:
+            raise ValueError(f"expected tile_mlp to be a positive number of tokens or none, got {self.tile_mlp}")
+        if self.ulysses is not None and self.method != "usp":
+            raise ValueError(f"expected ulysses with method 'usp' only, got {self.ulysses} with {self.method!r}")
+
+    def __str__(self) -> str:
+        degree = f" (Ulysses {self.ulysses})" if self.ulysses else ""
+        tiles = f"MLP tiles of {self.tile_mlp}" if self.tile_mlp else "MLP whole"
+        return f"{self.method}{degree}, attention {self.attention}, activations {self.activations}, {tiles}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``gpus`` of one kind. Up to a node's number they are joined by ``link``, beyond it nodes are by ``between``."""
+
+    gpus: int
+    link: Link
+    between: Link
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"expected gpus to be at least 1, got {self.gpus}")
+        if self.link.within_node and self.gpus > GPUS_PER_NODE and self.gpus % GPUS_PER_NODE:
+            raise ValueError(f"expected whole nodes of {GPUS_PER_NODE} GPUs, got {self.gpus} GPUs")
+
+    @property
+    def per_node(self) -> int:
+        """GPUs that ``link`` joins; 1 where every GPU has its own adapter."""
+        return min(self.gpus, GPUS_PER_NODE) if self.link.within_node else 1
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.per_node
+
+    def gbps(self, rank: int, other: int) -> float:
+        return (self.link if rank // self.per_node == other // self.per_node else self.between).gbps
+
+
+def exchanges(model: Model, gpus: int) -> list[int]:
+    """How many ranks can exchange heads: divisors of ``gpus`` that divide the heads."""
+    return [n for n in range(1, gpus + 1) if gpus % n == 0 and model.heads % n == 0]
+
+
+def degree(model: Model, gpus: int, policy: Policy) -> int:
+    """Ranks that exchange heads under a policy, 1 for rings; ValueError where heads do not divide."""
+    if policy.method not in ("ulysses", "usp"):
+        return 1
+    possible = exchanges(model, gpus)
+    wanted = gpus if policy.method == "ulysses" else policy.ulysses
+    if wanted is None:
+        inside = [n for n in possible if n <= GPUS_PER_NODE]
+        wanted = max(inside)
+    if wanted not in possible:
+        raise ValueError(
+            f"expected the ranks that exchange heads to be one of {', '.join(map(str, possible))} for {model.heads} "
+            f"heads on {gpus} GPUs, got {wanted}: or choose method 'ring', or 'usp' with one of these"
+        )
+    return wanted
