@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 from pathlib import Path
 
 import common  # noqa: F401  (first: finds the checkout)
@@ -45,6 +46,17 @@ def pool(ranks: int, dry: bool, timeout: float) -> RankPool:
 def device(dry: bool) -> torch.device:
     """This process's."""
     return torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+
+
+def gpu_bytes() -> int:
+    """Memory of the smallest GPU, asked for without making a context on one."""
+    query = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return min(int(x) for x in lines) << 20
+
+
+def host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def name(part: str, ranks: int, dry: bool) -> str:

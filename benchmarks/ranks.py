@@ -20,6 +20,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from common import clocks, describe, machine, markdown, write  # first: finds the checkout
@@ -99,14 +100,15 @@ def render(payload: dict[str, Any]) -> str:
         notes += [f"  {name}: {note}." for name, note in length["notes"].items()]
         notes += [f"  {name} did not take part: {why}." for name, why in length["absent"].items()]
     dry = "REHEARSAL on a CPU over gloo: these figures mean nothing. " if payload["dry"] else ""
+    transport = "gloo" if payload["dry"] else "NCCL"
     title = (
-        f"{dry}{payload['gpus']} GPUs, NCCL; our backend {payload['backend']}, {payload['nheads']}/"
+        f"{dry}{payload['gpus']} ranks, {transport}; our backend {payload['backend']}, {payload['nheads']}/"
         f"{payload['nheads_kv']} heads of {payload['headdim']}, causal."
     )
     return "\n".join([title, "", markdown(header, lines), "", *notes])
 
 
-def _known(path: Any, settings: dict[str, Any], force: bool) -> dict[str, Any]:
+def known(path: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
     """What an earlier run left, if it measured the same."""
     if path.exists() and not force:
         found = json.loads(path.read_text())
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="whose kernels")
     parser.add_argument("--rounds", type=int, default=15, help="fewer where a length takes long, at least 3")
     parser.add_argument("--seconds", type=float, default=70, help="that a length's rounds may take")
-    parser.add_argument("--longest-single", type=int, default=131072, help="tokens that one GPU attends")
+    parser.add_argument("--longest-single", type=int, default=262144, help="tokens that one GPU attends")
     a: argparse.Namespace = parser.parse_args()
     count = many.count(parser, a)
     if a.dry_run:
@@ -133,7 +135,7 @@ def main() -> None:
     settings = {key: getattr(a, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
     settings |= {"schema": 2, "gpus": count, "dry": a.dry_run}
     name = many.name("ranks", count, a.dry_run)
-    payload = _known(a.out / f"{name}.json", settings, a.force)
+    payload = known(a.out / f"{name}.json", settings, a.force)
     options = Options(a.rounds, a.seconds, a.longest_single, a.dry_run)
     with many.pool(count, a.dry_run, timeout=500) as pool:
         for tokens in a.tokens:
