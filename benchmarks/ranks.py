@@ -130,7 +130,7 @@ def main() -> None:
     a: argparse.Namespace = parser.parse_args()
     count = many.count(parser, a)
     if a.dry_run:
-        a.tokens, a.rounds, a.longest_single = [32, 64], 3, 100 * count
+        a.tokens, a.rounds, a.longest_single = [64], 3, 200
         a.nheads, a.nheads_kv, a.headdim = 4, 2, 16
     settings = {key: getattr(a, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
     settings |= {"schema": 2, "gpus": count, "dry": a.dry_run}

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import flash_attn_stand_in as stand_in  # noqa: E402
 import ranks  # noqa: E402
 import throughput  # noqa: E402
 from one_rank_model import MODELS  # noqa: E402
@@ -32,7 +33,7 @@ def rehearse(script: str, out: Path, *more: str) -> dict:
 
 def test_ranks(tmp_path):
     found = rehearse("ranks", tmp_path, "--gpus", "2")
-    assert [x["tokens_per_gpu"] for x in found["lengths"]] == [32, 64]
+    assert [x["tokens_per_gpu"] for x in found["lengths"]] == [64]
     for length in found["lengths"]:
         methods = {x["method"] for x in length["rows"]}
         assert methods >= {"zigzag", "dist_flash", "ulysses"}
@@ -53,6 +54,30 @@ def test_throughput(tmp_path):
     found = rehearse("throughput", tmp_path, "--gpus", "2", "--rows", "64K")
     assert [(x["row"], x["context"], x["activations"]) for x in found["rows"]] == [("64K", 64, "offload")]
     assert all(x["step_s"] > 0 and len(x["losses"]) == 2 for x in found["rows"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_stand_in_for_flash_attn(causal):
+    """As ring-flash-attention calls it: results and gradients of grouped heads, gradients in parts of buffers."""
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, 1, 24, 4, 16)
+    k, v = torch.randn(2, 1, 24, 2, 16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in leaves), is_causal=causal, enable_gqa=True
+    ).transpose(1, 2)
+    given = dict(dropout_p=0.0, softmax_scale=0.25, causal=causal)
+    out, lse, _, _ = stand_in._flash_attn_forward(q, k, v, **given)
+    assert lse.shape == (1, 4, 24)
+    torch.testing.assert_close(out, expected.detach())
+    buffers = [torch.full((1, 48, *x.shape[2:]), 7.0) for x in (q, k, v)]
+    parts = [x[:, :24] for x in buffers]
+    stand_in._flash_attn_backward(dout, q, k, v, out, lse, *parts, **given)
+    for part, buffer, grad in zip(parts, buffers, torch.autograd.grad(expected, leaves, dout)):
+        torch.testing.assert_close(part, grad)
+        assert (buffer[:, 24:] == 7.0).all()
+    with pytest.raises(ValueError, match="expected plain attention"):
+        stand_in._flash_attn_forward(q, k, v, **given, softcap=3.0)
 
 
 def test_rows():
