@@ -7,13 +7,13 @@
 # Every part ends within 9 minutes and keeps what it has in OUT: run it again for the rest. FORCE=1 measures anew.
 # Settings: PYTHON (which one; else the machine's python3 if its torch sees the GPUs, else .venv), PEERS (wheels or a
 # folder of wheels that are put on the path, such as ring-flash-attn's), SEQPAR_ATTN_LIBRARY, SEQPAR_ATTN_COMMIT,
-# LIMIT (seconds a part may take, 540), RANKS_ARGS, THROUGHPUT_ARGS and TRACE_ARGS (more options).
+# LIMIT (seconds a part may take, 540), TOTAL (seconds for all parts), RANKS_ARGS, THROUGHPUT_ARGS, TRACE_ARGS (options).
 set -uo pipefail
 out=${1:?usage: benchmarks/multi_gpu.sh OUT [N] [PART...]}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-DRY=${DRY:-} FORCE=${FORCE:-} LIMIT=${LIMIT:-540}
+DRY=${DRY:-} FORCE=${FORCE:-} LIMIT=${LIMIT:-540} TOTAL=${TOTAL:-1000000} SECONDS=0
 
 # NVLink multicast that a program leaves behind can take a host's GPUs out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
@@ -47,7 +47,7 @@ fi
 [ -n "$DRY" ] || "$python" -c 'from seqpar_attn import kernels; x = kernels.get("cuda"); x.prepare(); print("csrc:", x.unavailable() or "ready")'
 
 options=(--out "$out" --gpus "$gpus" ${DRY:+--dry-run} ${FORCE:+--force})
-bounded() { timeout -k 15 "$LIMIT" "$@"; }
+bounded() { timeout -k 15 "$limit" "$@"; }
 
 tests() {
     local name="$out/${DRY:+dry-}tests-$gpus" what=(tests/test_attention_nccl_gpu.py tests/test_ulysses_gpu.py -m gpu)
@@ -60,7 +60,7 @@ tests() {
     return "$status"
 }
 ranks() { bounded "$python" benchmarks/ranks.py "${options[@]}" ${RANKS_ARGS:-}; }
-throughput() { bounded "$python" benchmarks/throughput.py "${options[@]}" --deadline $((LIMIT - 20)) ${THROUGHPUT_ARGS:-}; }
+throughput() { bounded "$python" benchmarks/throughput.py "${options[@]}" --deadline $((limit - 20)) ${THROUGHPUT_ARGS:-}; }
 trace() { bounded "$python" benchmarks/trace_ranks.py "${options[@]}" ${TRACE_ARGS:-}; }
 
 failed=()
@@ -68,9 +68,12 @@ for part in "$@"; do
     case $part in tests | ranks | throughput | trace) ;; *) echo "expected tests, ranks, throughput or trace, got '$part'" >&2; exit 2 ;; esac
     echo "== $part, $gpus ranks, $(date -u +%T)"
     begin=$SECONDS
+    left=$((TOTAL - SECONDS))
+    if [ $left -lt 60 ] && [ -z "$DRY" ]; then failed+=("$part: not started, $left s are left of $TOTAL; run again"); continue; fi
+    limit=$((left < LIMIT ? left : LIMIT))
     "$part"
     status=$?
-    [ $status -eq 0 ] || failed+=("$part: $([ $status -eq 124 ] && echo "not done within $LIMIT s, run again" || echo "status $status")")
+    [ $status -eq 0 ] || failed+=("$part: $([ $status -eq 124 ] && echo "not done within $limit s, run again" || echo "status $status")")
     echo "== $part: status $status after $((SECONDS - begin)) s"
 done
 ls -l "$out"

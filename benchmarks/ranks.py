@@ -108,12 +108,12 @@ def render(payload: dict[str, Any]) -> str:
     return "\n".join([title, "", markdown(header, lines), "", *notes])
 
 
-def known(path: Path, settings: dict[str, Any], force: bool) -> dict[str, Any]:
-    """What an earlier run left, if it measured the same."""
-    if path.exists() and not force:
+def known(path: Path, settings: dict[str, Any], but: Sequence[int] = ()) -> dict[str, Any]:
+    """What an earlier run left, if it measured the same; ``but`` for these lengths."""
+    if path.exists():
         found = json.loads(path.read_text())
         if all(found.get(key) == value for key, value in settings.items()):
-            return found
+            return found | {"lengths": [x for x in found["lengths"] if x["tokens_per_gpu"] not in but]}
     return {**settings, "lengths": []}
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     settings = {key: getattr(a, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
     settings |= {"schema": 2, "gpus": count, "dry": a.dry_run}
     name = many.name("ranks", count, a.dry_run)
-    payload = known(a.out / f"{name}.json", settings, a.force)
+    payload = known(a.out / f"{name}.json", settings, a.tokens if a.force else ())
     options = Options(a.rounds, a.seconds, a.longest_single, a.dry_run)
     with many.pool(count, a.dry_run, timeout=500) as pool:
         for tokens in a.tokens:

@@ -52,7 +52,7 @@ class Row:
 
 
 ROWS = (
-    Row("64K data parallel", 64 << 10, True, (10240, 0.374)),
+    Row("64K-data-parallel", 64 << 10, True, (10240, 0.374)),
     Row("64K", 8 << 10, False, (7816, 0.286)),
     Row("128K", 16 << 10, False, (4266, 0.244)),
     Row("512K", 64 << 10, False, (2133, 0.386)),
@@ -198,29 +198,59 @@ def render(payload: dict[str, Any]) -> str:
             f" Contexts are {payload['gpus']}/8 of EasyContext's, with as many tokens per GPU: tokens/s do not compare."
         )
     title = (
-        f"{dry}{payload['model']}, {payload['gpus']} GPUs, FSDP2, AdamW, zigzag; measured steps (median of "
-        f"{payload['steps']}), MFU over {payload['peak']:g} TFLOP/s per GPU, theirs over {THEIR_PEAK:g} "
+        f"{dry}{payload['model']}, {payload['gpus']} GPUs, FSDP2, AdamW, zigzag; measured: the median of the "
+        f"steps after the first; MFU over {payload['peak']:g} TFLOP/s per GPU, theirs over {THEIR_PEAK:g} "
         f"(8 A100 80GB).{scaled}"
     )
     machines = [f"{x['row']}: {describe(x['machine'])}" for x in payload["rows"]]
     return "\n".join([title, "", markdown(header, lines), "", *machines])
 
 
+def attempt(
+    row: Row, policies: list[Policy], gpus: int, a: argparse.Namespace, deadline: float, tried: list[Any]
+) -> tuple[Policy, dict[str, Any]] | None:
+    """The row by the first policy that turns out to fit, or None if none could have ended before the deadline.
+
+    ``tried``: what ran out of memory, in earlier runs too.
+    """
+    found = None
+    for policy in policies:
+        if [row.name, *astuple(policy)] in tried and policy != policies[-1]:
+            continue
+        spare = deadline - time.monotonic()
+        work = flops_per_token({**MODELS[a.model], "num_hidden_layers": policy.layers}, row.context(gpus)) * row.tokens
+        step = work / (0.5 * a.peak * 1e12)  # at a good MFU
+        steps = a.steps if START_S + (a.steps + 1) * step <= spare else 1
+        if START_S + (steps + 1) * step > spare:
+            break
+        found = policy, launch(row, policy, gpus, a, steps, min(spare, 1800.0))
+        if found[1].get("failed") != "out of memory":
+            break
+        tried.append([row.name, *astuple(policy)])
+    return found
+
+
+def known(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run left, if it measured the same."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if all(found.get(key) == value for key, value in settings.items()):
+            return found
+    return {**settings, "rows": [], "out_of_memory": []}
+
+
 def main() -> None:
     parser = many.parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="llama-2-7b")
-    parser.add_argument("--rows", nargs="+", help="some of: " + ", ".join(x.name for x in ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[x.name for x in ROWS], help="default: all")
     parser.add_argument("--layers", type=int, help="time fewer layers than the model has")
-    parser.add_argument("--steps", type=int, default=2, help="timed ones, after a first")
+    parser.add_argument("--steps", type=int, default=2, help="timed ones, after a first; 1 where time is short")
     parser.add_argument("--tile-mlp", type=int, default=16384)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU; H100 and H200: 989")
-    parser.add_argument("--deadline", type=float, help="seconds from now by which no row may still run")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds from now; no row may run then")
     a = parser.parse_args()
-    start = time.monotonic()
+    deadline = time.monotonic() + a.deadline
     gpus = many.count(parser, a)
-    unknown = sorted(set(a.rows or ()) - {x.name for x in ROWS})
-    if unknown:
-        parser.error(f"expected rows of {[x.name for x in ROWS]}, got {unknown}")
     rows = [x for x in ROWS if not a.rows or x.name in a.rows]
     room = host = float("inf")
     if a.dry_run:
@@ -228,49 +258,28 @@ def main() -> None:
         rows = [Row(x.name, 64 if x.data_parallel else 32, x.data_parallel, x.theirs) for x in rows[:2]]
     else:
         room, host = 0.93 * many.gpu_bytes(), 0.8 * many.host_bytes()
-    sizes: dict[str, Any] = dict(MODELS[a.model])
-    settings = {"schema": 1, "gpus": gpus, "dry": a.dry_run}
-    settings |= {key: getattr(a, key) for key in ("model", "steps", "peak", "layers")}
+    settings = {"schema": 1, "gpus": gpus, "dry": a.dry_run, "model": a.model, "peak": a.peak}
     name = many.name("throughput", gpus, a.dry_run)
-    path = a.out / f"{name}.json"
-    payload: dict[str, Any] = {**settings, "rows": []}
-    if path.exists() and not a.force:
-        known = json.loads(path.read_text())
-        if all(known.get(key) == value for key, value in settings.items()):
-            payload = known
+    payload = known(a.out / f"{name}.json", settings)
     left = []
     for row in rows:
-        if any(x["row"] == row.name and "failed" not in x for x in payload["rows"]):
+        if not a.force and any(x["row"] == row.name and "failed" not in x for x in payload["rows"]):
             continue
-        policies = choose(sizes, row.tokens, gpus, room, host, a.layers)
+        policies = choose(dict(MODELS[a.model]), row.tokens, gpus, room, host, a.layers)
         if a.dry_run and not row.data_parallel:  # one of the two rows tries the copies to the host
             policies = policies[1:]
-        started, measured, header = False, {}, machine(a.commit)
-        tried = payload.setdefault("out_of_memory", [])
-        for policy in policies:  # the next one where an estimate was wrong
-            if [row.name, *astuple(policy)] in tried and policy != policies[-1]:
-                continue
-            spare = float("inf") if a.deadline is None else a.deadline - (time.monotonic() - start)
-            work = flops_per_token({**sizes, "num_hidden_layers": policy.layers}, row.context(gpus)) * row.tokens
-            step = work / (0.5 * a.peak * 1e12)  # at a good MFU
-            steps = a.steps if START_S + (a.steps + 1) * step <= spare else 1
-            if START_S + (steps + 1) * step > spare:
-                break
-            started = True
-            measured = launch(row, policy, gpus, a, steps, min(spare, 1800.0))
-            if measured.get("failed") != "out of memory":
-                break
-            tried.append([row.name, *astuple(policy)])
-        if not started:
+        header = machine(a.commit)
+        ran = attempt(row, policies, gpus, a, deadline, payload["out_of_memory"])
+        if ran is None:
             left.append(row.name)
             continue
         header["clocks_after"] = clocks()
         payload["rows"] = [x for x in payload["rows"] if x["row"] != row.name]
-        payload["rows"].append(finish(row, policy, gpus, a, measured) | {"machine": header})
+        payload["rows"].append(finish(row, ran[0], gpus, a, ran[1]) | {"machine": header})
         order = [x.name for x in ROWS]
         payload["rows"].sort(key=lambda x: order.index(x["row"]))
         write(a.out, name, payload, render(payload))
-        print(f"{row.name}: {measured.get('failed', 'done')}", flush=True)
+        print(f"{row.name}: {ran[1].get('failed', 'done')}", flush=True)
     print(render(payload), flush=True)
     if left:
         print(f"not started, as they would not end in time: {', '.join(left)}; run again", flush=True)

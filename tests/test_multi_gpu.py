@@ -1,5 +1,6 @@
 """The benchmarks for several GPUs, rehearsed on a CPU: what the first run on real ones must not stumble over."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,9 +46,9 @@ def test_ranks(tmp_path):
         assert all("hidden" in x for x in length["rows"] if x["method"] == "zigzag")
     settings = {key: value for key, value in found.items() if key != "lengths"}
     path = tmp_path / "dry-ranks-2.json"
-    assert ranks.known(path, settings, force=False) == found  # another run would have nothing left to do
-    assert ranks.known(path, settings, force=True)["lengths"] == []
-    assert ranks.known(path, settings | {"nheads": 8}, force=False)["lengths"] == []
+    assert ranks.known(path, settings) == found  # another run would have nothing left to do
+    assert ranks.known(path, settings, [64])["lengths"] == []
+    assert ranks.known(path, settings | {"nheads": 8})["lengths"] == []
 
 
 def test_throughput(tmp_path):
@@ -123,3 +124,22 @@ def test_estimate_is_what_was_measured():
 def test_host_memory_limits_offloading():
     policies = throughput.choose(LLAMA, 131072, 8, 74 * GIB, 450 * GIB, None)
     assert [x.attention for x in policies] == ["recompute"]
+
+
+def test_next_policy_after_out_of_memory(monkeypatch):
+    """A row that ran out of memory tries the next policy, and another run starts with that one."""
+    a = argparse.Namespace(model="llama-2-7b", peak=989.0, steps=2)
+    row, tried = throughput.ROWS[4], []
+    policies = [throughput.Policy(x, "offload", 32) for x in ("save", "offload")]
+    ran = []
+
+    def launch(row, policy, gpus, a, steps, limit):
+        ran.append((policy.attention, steps))
+        return {"failed": "out of memory"} if policy.attention == "save" else {"step_s": 1.0}
+
+    monkeypatch.setattr(throughput, "launch", launch)
+    now = throughput.time.monotonic()
+    assert throughput.attempt(row, policies, 8, a, now + 1e4, tried)[0].attention == "offload"
+    assert throughput.attempt(row, policies, 8, a, now + 300, tried)[0].attention == "offload"
+    assert throughput.attempt(row, policies, 8, a, now + 100, tried) is None  # two steps take longer
+    assert ran == [("save", 2), ("offload", 2), ("offload", 1)]
