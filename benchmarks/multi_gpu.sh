@@ -23,7 +23,8 @@ sees_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
 if [ -n "${PYTHON:-}" ]; then python=$PYTHON
 elif [ -n "$DRY" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python
 elif [ -n "$DRY" ] || python3 -c "$sees_gpu" 2>/dev/null; then python=python3
-else make venv && python=.venv/bin/python; fi
+elif command -v nvidia-smi >/dev/null; then make venv && python=.venv/bin/python
+else python=python3; fi
 if [ -n "$DRY" ]; then
     gpus=${2:-2}
     export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
