@@ -1,140 +1,158 @@
 """Sequence-parallel attention on several GPUs, one process each over NCCL, against one GPU's time divided by them.
 
-    python3 benchmarks/ranks.py --out benchmarks/results/ranks
+    python3 benchmarks/ranks.py --out benchmarks/results/ranks                 # all GPUs, all methods, beside peers
+    python3 benchmarks/ranks.py --out out/dry --dry-run --gpus 3               # tiny, on a CPU
 
-"of ideal" is (single-device call on the whole sequence) / ranks / (slowest rank of a round), the median over rounds in
-which all take turns. All GPUs run the single-device call at the same time, so that they share power and cooling as in
-the other rows. The time of a round begins on every rank after a barrier.
+Every contender is compared with our zigzag before it is timed, and zigzag with one GPU where that holds the sequence.
+"of ideal" is (one GPU's call on the whole sequence) / GPUs / (slowest rank of a round), the median over rounds in which
+all take turns. All GPUs run the one-GPU call at the same time, so that they share power and cooling as in the other
+rows; rank 0's time counts. Beyond --longest-single tokens the call is on so many only, and its time is multiplied by
+the square of what is missing; such rows say "computed". "hidden" is 1 - (time - the same schedule with nothing moved) /
+(the same schedule with nothing computed): the share of the transfers' own time that does not lengthen the step.
+Peers: ring-flash-attention, where it is installed (benchmarks/flash_attn_stand_in.py), and torch's context_parallel.
+A length that --out has is left out, unless --force.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown, write  # first: finds the checkout
 
 # isort: split
+import many
 import torch
-import torch.distributed as dist
-from one_rank import HEAD_START_CYCLES
+from rank_contenders import REFERENCE, Problem
+from rank_times import MEASURED_APART, SINGLE, Options, run
 
-import seqpar_attn
-from seqpar_attn.testing.distributed import RankPool
-
-METHODS = {
-    "zigzag": (seqpar_attn.ring_attention, {}),
-    "zigzag, neighbours": (seqpar_attn.ring_attention, {"transfer": "ring"}),
-    "dist_flash": (seqpar_attn.dist_flash_attention, {}),
-}
+DIRECTIONS = ("forward", "backward", "both")
 
 
-def _timed(function: Any, *arguments: Any) -> tuple[float, Any]:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    dist.barrier()
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    begin.record()
-    result = function(*arguments)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end), result
+def _slowest(ranks: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
+    """Per round."""
+    own = [rank["times"][name] for rank in ranks]
+    found = {direction: [max(x) for x in zip(*(times[direction] for times in own))] for direction in own[0]}
+    # A rank's two directions add up; the slowest in one need not be the slowest in the other.
+    both = [[a + b for a, b in zip(times["forward"], times["backward"])] for times in own]
+    return found | {"both": [max(x) for x in zip(*both)]}
 
 
-def run(
-    rank: int, world_size: int, tokens: int, heads: tuple[int, int, int], backend: str, rounds: int
-) -> dict[str, Any]:
-    """Milliseconds per round of this rank: ``{name: {"forward": [...], "backward": [...]}}``."""
-    nheads, nheads_kv, headdim = heads
-    torch.manual_seed(rank)
-
-    def inputs(seqlen: int) -> list[torch.Tensor]:
-        shapes = [(1, seqlen, n, headdim) for n in (nheads, nheads_kv, nheads_kv, nheads)]
-        return [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_(i < 3) for i, s in enumerate(shapes)]
-
-    whole, own = inputs(tokens * world_size), inputs(tokens)
-    alone = seqpar_attn.LoopbackGroup(1)
-    calls: dict[str, tuple[Any, dict[str, Any], list[torch.Tensor]]] = {
-        "one GPU": (seqpar_attn.ring_attention, {"group": alone}, whole),
-        **{name: (function, options, own) for name, (function, options) in METHODS.items()},
-    }
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in calls}
-    for n in range(rounds + 2):
-        for name, (function, options, (q, k, v, dout)) in calls.items():
-            forward, out = _timed(lambda f=function, o=options, x=(q, k, v): f(*x, backend=backend, **o))
-            backward, _ = _timed(out.backward, dout)
-            for x in (q, k, v):
-                x.grad = None
-            if n > 1:
-                times[name]["forward"].append(forward)
-                times[name]["backward"].append(backward)
-    return times
+def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b))
 
 
-def rows(ranks: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
     """What a length's results amount to."""
+    first, count = ranks[0], len(ranks)
+    seqlen, single_tokens = problem.tokens * count, first["single_tokens"]
+    scale = (seqlen / single_tokens) ** 2 / count
+    single = _slowest([first], SINGLE)
+    reference = _slowest(ranks, REFERENCE)
     found: list[dict[str, Any]] = []
-    slowest = {
-        name: {direction: [max(x) for x in zip(*(rank[name][direction] for rank in ranks))] for direction in directions}
-        for name, directions in ranks[0].items()
-    }
-    for times in slowest.values():
-        times["both"] = [sum(x) for x in zip(times["forward"], times["backward"])]
-    single = slowest.pop("one GPU")
-    for name, times in slowest.items():
-        for direction, values in times.items():
-            ideal = [x / len(ranks) for x in single[direction]]
-            found.append(
-                {
-                    "ranks": len(ranks), "tokens_per_gpu": tokens, "method": name, "direction": direction,
-                    "ideal_ms": statistics.median(ideal), "slowest_ms": statistics.median(values),
-                    "of_ideal": statistics.median(a / b for a, b in zip(ideal, values)),
-                }
-            )  # fmt: skip
+    apart = [name for name in first["times"] if name.endswith(" alone")]
+    for name in first["times"]:
+        if name == SINGLE or name in apart:
+            continue
+        times = _slowest(ranks, name)
+        for direction in DIRECTIONS:
+            ms, ideal = times[direction], [x * scale for x in single[direction]]
+            row: dict[str, Any] = {
+                "method": name, "direction": direction,
+                "ideal_ms": statistics.median(ideal), "ideal": "measured" if seqlen == single_tokens else "computed",
+                "slowest_ms": {"median": statistics.median(ms), "min": min(ms), "max": max(ms)},
+                "of_ideal": _ratio(ideal, ms),
+                "tflops_per_gpu": problem.flops(seqlen, direction) / count / statistics.median(ms) / 1e9,
+                "of_zigzag": _ratio(ms, reference[direction]),
+            }  # fmt: skip
+            if name in MEASURED_APART:
+                alone = _slowest(ranks, f"{name}, computation alone")[direction]
+                moved = _slowest(ranks, f"{name}, transfers alone")[direction]
+                row["computation_ms"], row["transfers_ms"] = statistics.median(alone), statistics.median(moved)
+                row["hidden"] = statistics.median(1 - max(x - y, 0) / z for x, y, z in zip(ms, alone, moved))
+            found.append(row)
     return found
 
 
 def render(payload: dict[str, Any]) -> str:
-    header = ["GPUs", "tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms", "of ideal"]
-    lines = [
-        [
-            *(str(x[key]) for key in ("ranks", "tokens_per_gpu", "method", "direction")),
-            *(f"{x[key]:.2f}" for key in ("ideal_ms", "slowest_ms")),
-            f"{100 * x['of_ideal']:.1f}%",
-        ]
-        for x in payload["rows"]
-    ]
-    note = (
-        f"Backend {payload['backend']}, {payload['nheads']}/{payload['nheads_kv']} heads of {payload['headdim']}; NCCL."
+    header = ["tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms (spread)", "of ideal", "TFLOP/s/GPU"]
+    header += ["time / zigzag's", "computation ms", "transfers ms", "hidden"]
+    lines, notes = [], []
+    for length in payload["lengths"]:
+        tokens = str(length["tokens_per_gpu"])
+        for x in length["rows"]:
+            ms = x["slowest_ms"]
+            cells = [tokens, x["method"], x["direction"]]
+            cells += [f"{x['ideal_ms']:.2f}{' computed' if x['ideal'] == 'computed' else ''}"]
+            cells += [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})", f"{100 * x['of_ideal']:.1f}%"]
+            cells += [f"{x['tflops_per_gpu']:.0f}", f"{x['of_zigzag']:.3f}"]
+            if "hidden" in x:
+                cells += [f"{x['computation_ms']:.2f}", f"{x['transfers_ms']:.2f}", f"{100 * x['hidden']:.1f}%"]
+            lines.append(cells + [""] * (len(header) - len(cells)))
+        notes.append(f"{tokens} tokens per GPU, {length['rounds']} rounds: {describe(length['machine'])}")
+        worst = ", ".join(f"{name} {max(x):.1e}" for name, x in length["checks"].items())
+        notes.append(f"  largest relative difference of out, dq, dk, dv from zigzag's: {worst}.")
+        notes += [f"  {name}: {note}." for name, note in length["notes"].items()]
+        notes += [f"  {name} did not take part: {why}." for name, why in length["absent"].items()]
+    dry = "REHEARSAL on a CPU over gloo: these figures mean nothing. " if payload["dry"] else ""
+    transport = "gloo" if payload["dry"] else "NCCL"
+    title = (
+        f"{dry}{payload['gpus']} ranks, {transport}; our backend {payload['backend']}, {payload['nheads']}/"
+        f"{payload['nheads_kv']} heads of {payload['headdim']}, causal."
     )
-    return "\n".join([describe(payload["machine"]), note, "", markdown(header, lines)])
+    return "\n".join([title, "", markdown(header, lines), "", *notes])
+
+
+def known(path: Path, settings: dict[str, Any], but: Sequence[int] = ()) -> dict[str, Any]:
+    """What an earlier run left, if it measured the same; ``but`` for these lengths."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        if all(found.get(key) == value for key, value in settings.items()):
+            return found | {"lengths": [x for x in found["lengths"] if x["tokens_per_gpu"] not in but]}
+    return {**settings, "lengths": []}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, help="default: all")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768], help="per GPU")
+    parser = many.parser(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768, 131072], help="per GPU")
     parser.add_argument("--nheads", type=int, default=32)
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--backend", default="auto", help="whose kernels")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    arguments = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    count = arguments.gpus or gpus
-    if not 2 <= count <= gpus:
-        parser.error(f"expected 2 to {gpus} GPUs (all that torch sees), got {count}")
-    payload: dict[str, Any] = {"machine": machine(arguments.commit), "rows": []}
-    payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
-    heads = (arguments.nheads, arguments.nheads_kv, arguments.headdim)
-    with RankPool(count, timeout=300, backend="nccl") as pool:
-        for tokens in arguments.tokens:
-            payload["rows"] += rows(pool.run(run, tokens, heads, arguments.backend, arguments.rounds), tokens)
-            write(arguments.out, f"ranks-{count}", payload, render(payload))
+    parser.add_argument("--rounds", type=int, default=15, help="fewer where a length takes long, at least 3")
+    parser.add_argument("--seconds", type=float, default=70, help="that a length's rounds may take")
+    parser.add_argument("--longest-single", type=int, default=262144, help="tokens that one GPU attends")
+    a: argparse.Namespace = parser.parse_args()
+    count = many.count(parser, a)
+    if a.dry_run:
+        a.tokens, a.rounds, a.longest_single = [64], 3, 200
+        a.nheads, a.nheads_kv, a.headdim = 4, 2, 16
+    settings = {key: getattr(a, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
+    settings |= {"schema": 2, "gpus": count, "dry": a.dry_run}
+    name = many.name("ranks", count, a.dry_run)
+    payload = known(a.out / f"{name}.json", settings, a.tokens if a.force else ())
+    options = Options(a.rounds, a.seconds, a.longest_single, a.dry_run)
+    with many.pool(count, a.dry_run, timeout=500) as pool:
+        for tokens in a.tokens:
+            if any(x["tokens_per_gpu"] == tokens for x in payload["lengths"]):
+                continue
+            problem = Problem(tokens, a.nheads, a.nheads_kv, a.headdim, torch.bfloat16, a.backend)
+            header = machine(a.commit)
+            ranks = pool.run(run, problem, options)
+            header["clocks_after"] = clocks()
+            first = ranks[0]
+            length = {"tokens_per_gpu": tokens, "machine": header, "rounds": len(first["times"][SINGLE]["forward"])}
+            length |= {key: first[key] for key in ("single_tokens", "checks", "absent", "notes", "calls", "peak_bytes")}
+            length["options"] = asdict(options)
+            payload["lengths"].append(length | {"rows": rows(ranks, problem)})
+            payload["lengths"].sort(key=lambda x: x["tokens_per_gpu"])
+            write(a.out, name, payload, render(payload))
+            print(f"{tokens} tokens per GPU: done", flush=True)
     print(render(payload), flush=True)
 
 
