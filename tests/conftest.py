@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: two processes would wait for one of them at the end.
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout") if mark.args), default=0))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
