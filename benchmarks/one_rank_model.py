@@ -15,6 +15,7 @@ from typing import Any
 import common  # noqa: F401  (first: finds the checkout)
 import torch
 import torch.distributed as dist
+from idle import Idle
 from one_rank import OneRank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +24,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
-from seqpar_attn.kernels.base import PlainKernel
 
 ATTENTION = "seqpar_benchmark"
 
@@ -104,7 +104,7 @@ def stand_in(world_size: int, rank: int, parts: Parts | None, idle: bool, cuda: 
         autograd.forward_pass = parts.timed("attention forward", autograd.forward_pass)
         autograd.backward_pass = parts.timed("attention backward", autograd.backward_pass)
     if idle:
-        kernels.resolve = lambda *args, **kwargs: _Idle()  # type: ignore[assignment]
+        kernels.resolve = lambda *args, **kwargs: Idle()  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -128,21 +128,6 @@ class _Nothing:
     def agree(self, fields: Any, error: Exception | None) -> None:
         if error is not None:
             raise error
-
-
-class _Idle(PlainKernel):
-    """Every method of a kernel, without what it computes."""
-
-    name = "idle"
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    backward = merge = accumulate = finish_dq = forward
-
-    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        batch, seqlen, nheads, _ = out.shape
-        return torch.empty(batch, nheads, seqlen, device=out.device) if into is None else into
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):

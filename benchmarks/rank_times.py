@@ -14,11 +14,11 @@ import common  # noqa: F401  (first: finds the checkout)
 import many
 import torch
 import torch.distributed as dist
+from idle import Idle
 from rank_contenders import REFERENCE, Contender, Data, Problem, errors, ours, peers, results
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
-from seqpar_attn.kernels.base import PlainKernel
 
 HEAD_START_CYCLES = 10_000_000  # about 5 ms, in which the host runs ahead as it does in a model
 BATCH_MS = 10.0
@@ -58,22 +58,7 @@ class _Still:
             raise error
 
 
-class _Idle(PlainKernel):
-    """A kernel that computes nothing: what is left is a rank's transfers."""
-
-    name = "idle"
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    backward = merge = accumulate = finish_dq = forward
-
-    def delta(self, out: torch.Tensor, dout: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        batch, seqlen, nheads, _ = out.shape
-        return torch.empty(batch, nheads, seqlen, device=out.device) if into is None else into
-
-
-_IDLE = _Idle()
+_IDLE = Idle()
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 from ..api import Grid, dist_flash_attention, ring_attention, ulysses_attention, usp_attention
-from ..comm import Group, agree, communicator, group_name
-from ..decode import ShardedKV
+from ..comm import Group, agree
+from ..decode import ShardedKV, communicators
 from ..layout import get_layout, grid_of, holds_all, resolve_group
 from .rotary import disagreement, length_dependent
 
@@ -69,10 +69,8 @@ class Settings:
 
     def refuse(self, device: torch.device, message: str) -> NoReturn:
         """ValueError here, and on the other ranks, which wait for this one in their first attention."""
-        grid = grid_of(self.group)
-        groups: list[Any] = [self.group] if grid is None else [grid[1], grid[0]]  # as attention does: Ulysses first
         error = ValueError(message)
-        agree([communicator(group_name(group), device) for group in groups], {}, error)
+        agree(communicators(self.group, device), {}, error)
         raise error
 
 
