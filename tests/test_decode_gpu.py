@@ -43,6 +43,10 @@ def test_as_the_reference(heads, backend, options):
     mask = Mask(PROMPT + NEW, window_size=options.get("window_size"))
     truth = attention(*(y.double() for y in x), mask, softcap=options.get("softcap"))[0][:, PROMPT:]
     baseline = decoded(x, "reference", 1, [1] * NEW, **options)
-    assert_error_rule(decoded(x, backend, 3, [1] * NEW, **options), truth, baseline, worst_factor=1.5)
+    # torch's kernels round each shard's out to bfloat16 before the shards are merged and rounded again: of equal thirds
+    # that makes sqrt(1 + 1/3) of one rounding's error.
+    factor = 1.25 if backend == "aten" else 1.1
+    one_by_one = decoded(x, backend, 3, [1] * NEW, **options)
+    assert_error_rule(one_by_one, truth, baseline, factor=factor, worst_factor=2.0 if backend == "aten" else 1.5)
     if backend != "aten":  # which knows no intervals
         assert_error_rule(decoded(x, backend, 3, [2, 3], **options), truth, baseline, worst_factor=1.5)
