@@ -101,7 +101,7 @@ class Bench:
         finally:
             optimizer.zero_grad()
             applied.remove()
-            del model, optimizer, batch
+            del model, optimizer, step, batch  # all that holds parameters, before what is cyclic is collected
             self._free()
 
     def steps(self, layers: int, context: int) -> dict[str, float]:

@@ -143,7 +143,8 @@ def test_predictions_are_near_one_rank_measurements(payload, row):
     cluster = make_cluster(payload["gpus"], LINKS["nvlink4"])
     found = make_plan(MODELS[payload["model"]], H100, cluster, row["context"], policy)
     predicted = found.memory.total + _stand_ins(found.model, payload["gpus"], found.tokens)
-    assert predicted == pytest.approx(row["peak_bytes"], rel=0.05)
+    # What a benchmark said it held of the row before (results/memory/*.md).
+    assert predicted == pytest.approx(row["peak_bytes"] - row.get("left_over_bytes", 0), rel=0.05)
     assert found.memory.host == pytest.approx(row["host_bytes"], rel=0.01)
     if "step_ms" in row:
         seconds = sum(x for name, x in found.step.parts if not name.startswith("waiting"))

@@ -4,10 +4,8 @@ NCCL runs them on a stream of its own, behind the work that was on the compute s
 threads of its own. Either way the transfers of step t + 1 are in flight while step t computes.
 
 NCCL moves data with thread blocks, and a persistent kernel of attention that has every multiprocessor keeps them out
-until it ends: seen in a trace, the transfers then stand between the steps instead of under them. So they have a
-communicator of their own, with few blocks and a stream of high priority, and the compute stream is held back by a few
-microseconds, until they have begun. The kernels hand out their work as blocks ask for it, so what is lost is the share
-of the multiprocessors that the transfers use while they last.
+until it ends: seen in a trace, the transfers then stand between the steps instead of under them. So the compute stream
+is held back by a few microseconds, until they have begun (:class:`_Ahead`).
 """
 
 from __future__ import annotations
@@ -46,10 +44,6 @@ class _Pending:
         self.works, self.tensors, self.unpack = [], [], []
 
 
-MAX_CTAS = 8
-"""Thread blocks, so multiprocessors, of an exchange. NCCL_MAX_CTAS in the environment has the last word."""
-
-
 class P2P:
     """A process group's ranks, one of them here."""
 
@@ -68,9 +62,10 @@ class P2P:
         if device.type == "cuda" and self.backend.name() == "gloo":
             raise ValueError("expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer")
         options = getattr(self.backend, "options", None)
-        self._timeout = timeout = getattr(options, "_timeout", None) or timedelta(minutes=30)
-        self._use(group, list(range(self.world_size)))
-        self._ahead: _Ahead | None = None
+        timeout = getattr(options, "_timeout", None) or timedelta(minutes=30)
+        # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
+        self._coalesces = type(group) is dist.ProcessGroup and self.backend.supports_coalescing
+        self._ahead = _Ahead(device) if device.type == "cuda" else None
         self._handshake = Handshake(
             dist.distributed_c10d._get_default_store(),
             group.group_name,
@@ -81,37 +76,12 @@ class P2P:
         )
         self._connected = device.type == "cpu"
 
-    def _use(self, carrier: dist.ProcessGroup, peers: list[int]) -> None:
-        """Transfers go through ``carrier``, in which ``peers[rank]`` is the number of a rank of the group."""
-        self._carrier, self._peers = carrier, peers
-        # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
-        backend = carrier._get_backend(torch.device(self.device.type))
-        self._coalesces = type(carrier) is dist.ProcessGroup and backend.supports_coalescing
-
-    def _connect(self) -> None:
-        """A communicator for the transfers alone; all ranks take part."""
-        self._connected = True
-        default = dist.distributed_c10d._get_default_group()
-        if type(self.group) is dist.ProcessGroup and self.backend.name() == "nccl":
-            ranks = dist.get_process_group_ranks(self.group)
-            # Groups of a default group that is bound to a device are split off it, by all of its ranks.
-            if default.bound_device_id is None or len(ranks) == default.size():
-                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-                options.config.max_ctas = MAX_CTAS
-                options._timeout = self._timeout
-                own = dist.new_group(
-                    ranks, self._timeout, "nccl", pg_options=options, use_local_synchronization=True,
-                    group_desc="seqpar_attn",
-                )  # fmt: skip
-                self._use(own, [dist.get_group_rank(own, rank) for rank in ranks])
-            self._ahead = _Ahead(self.device)
-        # NCCL connects a group at its first operation, in which all ranks must take part; in a window's schedule
-        # some ranks may have nothing to send.
-        dist.all_reduce(torch.zeros(1, device=self.device), group=self._carrier)
-
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if self._handshake.agree(fields, error) and not self._connected:
-            self._connect()
+            # NCCL connects a group at its first operation, in which all ranks must take part; in a window's schedule
+            # some ranks may have nothing to send.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+            self._connected = True
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Pending:
         unpack = []
@@ -134,17 +104,17 @@ class P2P:
         self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]
     ) -> list[dist.Work]:
         """Tags count the messages between two ranks, so that gloo matches them in order whatever its threads do."""
-        works, carrier = [], self._carrier
+        works, group = [], self.group
         if self._coalesces:
-            carrier._start_coalescing(self.device)
-        for post, messages in ((carrier.send, outgoing), (carrier.recv, incoming)):
+            group._start_coalescing(self.device)
+        for post, messages in ((group.send, outgoing), (group.recv, incoming)):
             counts: dict[int, int] = {}
             for peer, tensor in messages:
                 tag = counts.get(peer, 0)
                 counts[peer] = tag + 1
-                works.append(post([tensor], self._peers[peer], tag))
+                works.append(post([tensor], peer, tag))
         if self._coalesces:
-            works = [carrier._end_coalescing(self.device)]  # one work for all
+            works = [group._end_coalescing(self.device)]  # one work for all
         if self._ahead is not None:
             self._ahead()
         return works
