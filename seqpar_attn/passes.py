@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from .comm import Communicator, Message
+from .comm import Arena, Communicator, Message, arena_of
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
@@ -25,6 +25,9 @@ from .validation import Call
 Rows = Sequence[Sequence[tuple[int, int]]]
 """Per local rank its messages: (peer, view)."""
 
+Reserve = Callable[[int], torch.Tensor] | None
+"""Bytes for slots, if they must lie in memory of the communicator's."""
+
 _BLANK = {Kind.OUT: (0.0, float("-inf")), Kind.DQ: (0.0,), Kind.DKV: (0.0, 0.0)}
 """What makes a new accumulator one that can be carried, per field."""
 
@@ -32,7 +35,8 @@ _BLANK = {Kind.OUT: (0.0, float("-inf")), Kind.DQ: (0.0,), Kind.DKV: (0.0, 0.0)}
 class Pass:
     """One pass over a schedule for the ranks of this process; played by one thread at a time.
 
-    If playing fails it must not be played again: transfers may still use its memory.
+    If playing fails it must not be played again: transfers may still use its memory. Where the communicator writes into
+    peers' slots (its ``arena``), these lie in memory of its own.
     """
 
     def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, pieces: Pieces):
@@ -41,7 +45,13 @@ class Pass:
         self._addresses: list[int] = []
         foreign = set(pieces.foreign)
         self._moments = [
-            (number, moment, self._same_messages(moment.sends, foreign), self._same_messages(moment.receives, foreign))
+            (
+                number,
+                moment,
+                self._same_messages(moment.sends, foreign),
+                self._same_messages(moment.receives, foreign),
+                [self._messages(moment.targets)] if moment.targets else [],
+            )
             for number, moment in enumerate(program.moments)
         ]
         used = {view for moment in program.moments for row in (*moment.sends, *moment.receives) for _, view in row}
@@ -69,12 +79,13 @@ class Pass:
         """All moments."""
         for view in self._posted:
             self.pieces.view(view)
-        for number, moment, sends, receives in self._moments:
+        for number, moment, sends, receives, targets in self._moments:
             handle = None
             if moment.moves:
                 handle = comm.exchange(
                     self._messages(moment.sends) if sends is None else sends,
                     self._messages(moment.receives) if receives is None else receives,
+                    *targets,
                 )
             self.launch(number, self._work, moment)
             if handle is not None:
@@ -144,7 +155,7 @@ class Pass:
 class Forward(Pass):
     """Tensors: q, k, v; out, lse; the accumulator of out, unless it is finished by one launch."""
 
-    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors):
+    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors, reserve: Reserve):
         q = given[0]
         batch, seqlen, nheads, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
@@ -152,7 +163,7 @@ class Forward(Pass):
         acc, lse, out = Field(3 if program.single else 5, 1), Field(4, 2), Field(3, 1)
         own = {Kind.QUERY: (Field(0, 1),), Kind.KV: (Field(1, 1), Field(2, 1)), Kind.OUT: (acc, lse, out)}
         returned: list[Shape] = [(q.shape, q.dtype), ((batch, nheads, seqlen), dtype)]
-        pieces = Pieces(program, given, returned, scratch, own, own | {Kind.OUT: (acc, lse)})
+        pieces = Pieces(program, given, returned, scratch, own, own | {Kind.OUT: (acc, lse)}, reserve)
         super().__init__(plan, program, kernel, call, pieces)
 
     def play(self, comm: Communicator, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +202,16 @@ class Forward(Pass):
 class Backward(Pass):
     """Tensors: q, k, v, dout, lse, out; the gradient of q; dk and dv or their accumulators; that of dq; delta."""
 
-    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors, wide_keys: bool):
+    def __init__(
+        self,
+        plan: Plan,
+        program: Program,
+        kernel: Kernel,
+        call: Call,
+        given: Tensors,
+        reserve: Reserve,
+        wide_keys: bool,
+    ):
         q, k, v, *_ = given
         dtype = accumulator_dtype(q.dtype)
         self._round = not wide_keys and not program.keys_once and dtype != k.dtype
@@ -206,7 +226,7 @@ class Backward(Pass):
             Kind.DQ: (Field(9, 1),),
             Kind.DKV: (Field(7, 1), Field(8, 1)),
         }
-        super().__init__(plan, program, kernel, call, Pieces(program, given, returned, scratch, own, own))
+        super().__init__(plan, program, kernel, call, Pieces(program, given, returned, scratch, own, own, reserve))
 
     def play(
         self, comm: Communicator, dlse: torch.Tensor | None, *given: torch.Tensor
@@ -275,10 +295,10 @@ _GEOMETRIES = 64
 """For which a program keeps passes."""
 
 
-def _key(kernel: Kernel, call: Call, given: Tensors, wide_keys: bool) -> Hashable:
+def _key(kernel: Kernel, call: Call, given: Tensors, arena: Arena | None, wide_keys: bool) -> Hashable:
     """All that a pass depends on besides its program."""
     key: list[Any] = [kernel, call.softmax_scale, call.softcap, call.deterministic, given[0].device, given[0].dtype]
-    key.append(wide_keys)
+    key += [wide_keys, arena and (arena, arena.generation)]
     together = 0
     for x in given:
         key += (x.shape, x.stride())
@@ -289,15 +309,15 @@ def _key(kernel: Kernel, call: Call, given: Tensors, wide_keys: bool) -> Hashabl
 
 
 def _shelf(
-    program: Program, kernel: Kernel, call: Call, given: Tensors, wide_keys: bool = False
+    program: Program, kernel: Kernel, call: Call, given: Tensors, arena: Arena | None, wide_keys: bool = False
 ) -> tuple[list[Any], Tensors]:
     """Where such passes wait to be played, and ``given`` as they need it."""
-    shelf = program.passes.get(_key(kernel, call, given, wide_keys))
+    shelf = program.passes.get(_key(kernel, call, given, arena, wide_keys))
     if shelf is None:
         given = [_regular(x) if x.ndim == 4 else x for x in given]  # lse, of three dimensions, is our own
         if len(program.passes) >= _GEOMETRIES:
             program.passes.clear()
-        shelf = program.passes.setdefault(_key(kernel, call, given, wide_keys), [])
+        shelf = program.passes.setdefault(_key(kernel, call, given, arena, wide_keys), [])
     return shelf, given
 
 
@@ -323,12 +343,13 @@ def forward_pass(
         batch, seqlen, nheads, _ = q.shape
         lse = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(q.dtype), device=q.device)
         return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-    program = plan.program(False, comm.local_ranks)
-    shelf, given = _shelf(program, kernel, call, (q, k, v))
+    arena = arena_of(comm)
+    program = plan.program(False, comm.local_ranks, arena is not None)
+    shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
     try:
         played: Forward = shelf.pop()
     except IndexError:  # none yet, or other threads are at them
-        played = Forward(plan, program, kernel, call, given)
+        played = Forward(plan, program, kernel, call, given, None if arena is None else arena.reserve)
     result = played.play(comm, *given)
     shelf.append(played)
     return result
@@ -354,12 +375,13 @@ def backward_pass(
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
-    program = plan.program(True, comm.local_ranks)
-    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), wide_keys)
+    arena = arena_of(comm)
+    program = plan.program(True, comm.local_ranks, arena is not None)
+    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
     try:
         played: Backward = shelf.pop()
     except IndexError:
-        played = Backward(plan, program, kernel, call, given, wide_keys)
+        played = Backward(plan, program, kernel, call, given, None if arena is None else arena.reserve, wide_keys)
     result = played.play(comm, dlse, *given)
     shelf.append(played)
     return result

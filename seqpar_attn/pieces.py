@@ -6,6 +6,7 @@ memory comes and goes, through torch's allocator, so under its rules for streams
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -38,12 +39,33 @@ class Field(NamedTuple):
     dim: int
 
 
+_ALIGNED = 256
+
+
+def _aligned(size: int) -> int:
+    return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+
+
+class _Cutter:
+    """Tensors one after the other from given bytes; as ``Pieces._allocate``."""
+
+    def __init__(self, memory: torch.Tensor):
+        self.memory, self.used = memory, 0
+
+    def __call__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
+        size = count * math.prod(shape) * dtype.itemsize
+        x = self.memory[self.used : self.used + size].view(dtype).view([count, *shape])
+        self.used += _aligned(size)
+        return x.unbind()
+
+
 class Pieces:
     """Tensors are numbered: those that are given, those that are returned (both new every time), then the scratch, of
     which neighbours that are alike lie next to each other.
 
     ``own[kind]``: which have the shards of the local ranks one after the other; ``travels[kind]``: those of them for
-    which there are slots. Used by one pass at a time, between ``begin`` and ``end``.
+    which there are slots. Used by one pass at a time, between ``begin`` and ``end``. ``reserve`` gives so many bytes
+    for slots to lie in, if they must lie somewhere; that memory stays.
     """
 
     def __init__(
@@ -54,6 +76,7 @@ class Pieces:
         scratch: Sequence[Shape],
         own: dict[Kind, tuple[Field, ...]],
         travels: dict[Kind, tuple[Field, ...]],
+        reserve: Callable[[int], torch.Tensor] | None = None,
     ):
         self.program, self.own, self.travels = program, own, travels
         self.device = given[0].device
@@ -71,8 +94,12 @@ class Pieces:
             self._slots: dict[tuple[int, Kind], Tensors] = {}
             self._first_base: dict[tuple[int, Kind], int] = {}
             number = len(self._shapes)
+            cut = self._allocate
+            if reserve is not None:
+                sizes = [self._sizes(key[1], count) for key, count in program.slots.items()]
+                cut = _Cutter(reserve(sum(_aligned(size) for row in sizes for size in row)))
             for key, count in program.slots.items():
-                self._slots[key] = self._make_slots(key[1], count)
+                self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
                 number += len(self._slots[key])
             for index in range(len(program.views)):
@@ -87,17 +114,28 @@ class Pieces:
         self._memory.append((storage.resize_, storage.nbytes()))
         return x.unbind()
 
-    def _make_slots(self, kind: Kind, count: int) -> Tensors:
-        """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
-        shapes = []
+    def _slot_shapes(self, kind: Kind) -> list[Shape]:
+        """Of a shard of each field that travels."""
+        shapes: list[Shape] = []
         for number, dim in self.travels[kind]:
             shape, dtype = self._shapes[number]
             shapes.append(([*shape[:dim], self.program.shard, *shape[dim + 1 :]], dtype))
+        return shapes
+
+    def _sizes(self, kind: Kind, count: int) -> list[int]:
+        """Bytes of the tensors that :meth:`_make_slots` makes."""
+        sizes = [count * math.prod(shape) * dtype.itemsize for shape, dtype in self._slot_shapes(kind)]
+        shapes = self._slot_shapes(kind)
+        return [sum(sizes)] if shapes == len(shapes) * shapes[:1] else sizes
+
+    def _make_slots(self, kind: Kind, count: int, allocate: Callable[..., Tensors]) -> Tensors:
+        """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
+        shapes = self._slot_shapes(kind)
         (shape, dtype), fields = shapes[0], len(shapes)
         if shapes == fields * shapes[:1]:
-            (together,) = self._allocate(1, [count, fields, *shape], dtype)
+            (together,) = allocate(1, [count, fields, *shape], dtype)
             return together.unbind(1)
-        return [x for shape, dtype in shapes for x in self._allocate(1, [count, *shape], dtype)]
+        return [x for shape, dtype in shapes for x in allocate(1, [count, *shape], dtype)]
 
     def _make_own_view(self, index: int) -> None:
         """Of slots, with their number as first dimension if there are several, or of the scratch."""

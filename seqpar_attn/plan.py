@@ -33,17 +33,17 @@ class Plan:
         )
         self._masks: dict[tuple[int, torch.device], BlockMask] = {}
         self._shared: dict[tuple[Block, Block, torch.device], BlockMask] = {}
-        self._programs: dict[tuple[bool, tuple[int, ...]], Program] = {}
+        self._programs: dict[tuple[bool, tuple[int, ...], bool], Program] = {}
 
     @functools.cached_property
     def kinds(self) -> frozenset[MaskKind]:
         """What a kernel must be able to mask, on any rank: every rank decides alike."""
         return frozenset(task.kind for row in self.forward.steps for step in row for task in step.tasks)
 
-    def program(self, backward: bool, local_ranks: tuple[int, ...]) -> Program:
-        key = (backward, local_ranks)
+    def program(self, backward: bool, local_ranks: tuple[int, ...], alike: bool = False) -> Program:
+        key = (backward, local_ranks, alike)
         if key not in self._programs:
-            self._programs[key] = Program(self.backward if backward else self.forward, local_ranks)
+            self._programs[key] = Program(self.backward if backward else self.forward, local_ranks, alike)
         return self._programs[key]
 
     def block_mask(self, task: Task, device: torch.device) -> BlockMask:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from .schedule import Block, Kind, Merge, Result, Schedule, Task, Transfer, consecutive
+from .schedule import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, consecutive
 
 
 class View(NamedTuple):
@@ -64,6 +64,8 @@ class Moment(NamedTuple):
     adds: tuple[Add, ...]
     computes: tuple[Compute, ...]
     moves: bool
+    targets: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Per local rank and send (peer, view): where in the peer's slots the message belongs, for who writes there."""
 
 
 def _same_sum(merge: Merge, following: Merge) -> bool:
@@ -74,9 +76,13 @@ def _same_sum(merge: Merge, following: Merge) -> bool:
 
 
 class Program:
-    """The steps of ``schedule`` for the ranks ``local_ranks`` of this process."""
+    """The steps of ``schedule`` for the ranks ``local_ranks`` of this process.
 
-    def __init__(self, schedule: Schedule, local_ranks: Sequence[int]):
+    ``alike``: every rank has the same slots, the most that one needs, so that a place in them is one on every rank, and
+    moments have ``targets``.
+    """
+
+    def __init__(self, schedule: Schedule, local_ranks: Sequence[int], alike: bool = False):
         self.schedule = schedule
         self.passes: dict[Hashable, list[Any]] = {}
         """Those that have been made (see :mod:`.passes`) and are not being played."""
@@ -94,13 +100,17 @@ class Program:
             adds = [self._add(i, merges) for i, rank in ranks for merges in consecutive(row[rank].merges, _same_sum)]
             computes = [self._compute(i, tasks) for i, rank in ranks for tasks in schedule.launches(step, rank)]
             moves = any(sends) or any(receives)
-            self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves))
+            targets = tuple(self._targets(i, rank, row) for i, rank in ranks) if alike else ()
+            self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves, targets))
         self.slots: dict[tuple[int, Kind], int] = {}
         """Buffers per (local rank, kind)."""
         for view in self.views:
             if view.slot is not None:
                 key = (view.local, view.kind)
                 self.slots[key] = max(self.slots.get(key, 0), view.slot + view.slots)
+        if alike:
+            counts = {kind: schedule.slots(kind) for kind in Kind}
+            self.slots = {(i, kind): count for i, _ in ranks for kind, count in counts.items() if count}
         self.single = all(
             not compute.keep and not compute.carry_query for moment in self.moments for compute in moment.computes
         ) and not any(moment.adds for moment in self.moments)
@@ -128,6 +138,11 @@ class Program:
 
     def _transfer(self, local: int, transfer: Transfer) -> int:
         return self._view(local, transfer.kind, transfer.block, transfer.slot)
+
+    def _targets(self, local: int, rank: int, row: Sequence[Step]) -> tuple[tuple[int, int], ...]:
+        """Between two ranks messages match in order."""
+        incoming = {t.peer: iter([x for x in row[t.peer].receives if x.peer == rank]) for t in row[rank].sends}
+        return tuple((t.peer, self._transfer(local, next(incoming[t.peer]))) for t in row[rank].sends)
 
     def _fresh(self, local: int, kind: Kind, blocks: list[tuple[Block, Result]]) -> tuple[int, ...]:
         """A kernel carries its blocks as a whole: where some chunks carry, the new ones need something to carry."""

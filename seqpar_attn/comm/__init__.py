@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,21 +12,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .base import CommunicationError, Communicator, Message, agree
+from .gpu_memory import GpuMemory
 from .loopback import Loopback, LoopbackGroup
 from .p2p import P2P
+from .shared_memory import SharedMemory
+from .symmetric import Arena, Symmetric, arena_of
 
 Group = dist.ProcessGroup | DeviceMesh | LoopbackGroup | None
 
 __all__ = [
+    "Arena",
     "CommunicationError",
     "Communicator",
     "Group",
     "Loopback",
     "LoopbackGroup",
     "Message",
+    "Symmetric",
     "agree",
+    "arena_of",
     "communicator",
     "group_name",
+    "set_transport",
 ]
 
 
@@ -56,7 +65,40 @@ def _loopback(world_size: int) -> Loopback:
     return Loopback(world_size)
 
 
-_p2p: dict[tuple[str, torch.device], P2P] = {}
+TRANSPORTS = ("p2p", "symmetric")
+_chosen: dict[str, str] = {}
+"""Per group's name, if not the first."""
+_known: dict[tuple[str, torch.device], P2P | Symmetric] = {}
+
+
+def _host() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def set_transport(group: Group, transport: str) -> None:
+    """How attention's transfers in ``group`` go from here on; every rank of it calls this, with the same name.
+
+    "p2p": batched sends and receives of torch.distributed (NCCL, gloo). "symmetric": written straight into the peers'
+    memory, on GPUs by copy engines and so without multiprocessors; the ranks must be on one host. ValueError on every
+    rank for another name, virtual ranks, or several hosts.
+    """
+    name = group_name(group)
+    if name.startswith("loopback:"):
+        raise ValueError("expected a group of processes, got virtual ranks, which need no transport")
+    found: list[tuple[str, str] | None] = [None] * dist.get_world_size(_resolve_process_group(name))  # type: ignore[arg-type]
+    dist.all_gather_object(found, (transport, _host()), group=_resolve_process_group(name))  # type: ignore[arg-type]
+    names, hosts = ({x[i] for x in found if x is not None} for i in range(2))
+    if len(names) > 1 or transport not in TRANSPORTS:
+        raise ValueError(f"expected one of {', '.join(TRANSPORTS)} on every rank, got {', '.join(sorted(names))}")
+    if transport == "symmetric" and len(hosts) > 1:
+        raise ValueError(f"expected all ranks on one host for transport 'symmetric', got {len(hosts)} hosts: use 'p2p'")
+    _chosen[name] = transport
+    for key in [key for key in _known if key[0] == name]:
+        del _known[key]
 
 
 def communicator(name: str, device: torch.device) -> Communicator:
@@ -64,7 +106,13 @@ def communicator(name: str, device: torch.device) -> Communicator:
     if name.startswith("loopback:"):
         return _loopback(int(name.removeprefix("loopback:")))
     group = _resolve_process_group(name)  # type: ignore[arg-type]
-    known = _p2p.get((name, device))
+    known = _known.get((name, device))
     if known is None or known.group is not group:
-        known = _p2p[name, device] = P2P(group, device)
+        base = P2P(group, device)
+        if _chosen.get(name) == "symmetric":
+            fabric = SharedMemory(group, base.timeout) if device.type == "cpu" else GpuMemory(group, device)
+            known = Symmetric(group, base, fabric)
+        else:
+            known = base
+        _known[name, device] = known
     return known

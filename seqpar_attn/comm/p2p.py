@@ -62,7 +62,7 @@ class P2P:
         if device.type == "cuda" and self.backend.name() == "gloo":
             raise ValueError("expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer")
         options = getattr(self.backend, "options", None)
-        timeout = getattr(options, "_timeout", None) or timedelta(minutes=30)
+        self.timeout: timedelta = getattr(options, "_timeout", None) or timedelta(minutes=30)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
         self._coalesces = type(group) is dist.ProcessGroup and self.backend.supports_coalescing
         self._ahead = _Ahead(device) if device.type == "cuda" else None
@@ -71,7 +71,7 @@ class P2P:
             group.group_name,
             self.rank,
             self.world_size,
-            timeout,
+            self.timeout,
             every_call=device.type == "cpu",
         )
         self._connected = device.type == "cpu"

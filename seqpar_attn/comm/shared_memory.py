@@ -1,0 +1,94 @@
+"""The fabric of processes on one host's CPU: arenas and flags are files that all of them map.
+
+It plays the protocol of :mod:`.symmetric` without GPUs; copies happen when the exchange is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .base import CommunicationError
+
+
+class _Work:
+    def __init__(self, queue: list[Callable[[], None]]):
+        self.queue = queue
+
+    def wait(self) -> None:
+        for call in self.queue:
+            call()
+        self.queue = []
+
+
+class SharedMemory:
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta):
+        self.group, self.timeout = group, timeout.total_seconds()
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        folder = [tempfile.mkdtemp(prefix="seqpar_attn-") if self.rank == 0 else None]
+        dist.broadcast_object_list(folder, group=group, group_src=0)
+        assert folder[0] is not None
+        self._folder = Path(folder[0])
+        self._arenas: list[torch.Tensor] = []
+        self._count = 0
+        self._queue: list[Callable[[], None]] = []
+        self._flags = self._shared("flags", 2 * self.world_size, torch.int32)
+
+    def _shared(self, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """One tensor of zeros per rank; the files are gone when all have mapped them."""
+        own = self._folder / f"{name}-{self.rank}"
+        own.write_bytes(b"")
+        os.truncate(own, length * dtype.itemsize)
+        dist.barrier(self.group)
+        found = [
+            torch.from_file(str(self._folder / f"{name}-{rank}"), shared=True, size=length, dtype=dtype)
+            for rank in range(self.world_size)
+        ]
+        dist.barrier(self.group)
+        own.unlink()
+        return found
+
+    def allocate(self, size: int) -> torch.Tensor:
+        self._count += 1
+        self._arenas = self._shared(f"arena{self._count}", size, torch.uint8)
+        return self._arenas[self.rank]
+
+    def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
+        offset = tensor.data_ptr() - self._arenas[self.rank].data_ptr()
+        assert 0 <= offset < self._arenas[self.rank].numel(), "a target outside of the arena"
+        other = self._arenas[peer].view(tensor.dtype)
+        return other.as_strided(tensor.shape, tensor.stride(), offset // tensor.dtype.itemsize)
+
+    def begin(self) -> None:
+        self._queue = []
+
+    def tell(self, peer: int, flag: int, value: int) -> None:
+        def write() -> None:
+            self._flags[peer][flag] = value
+
+        self._queue.append(write)
+
+    def await_own(self, flag: int, value: int, peer: int) -> None:
+        own = self._flags[self.rank]
+
+        def read() -> None:
+            deadline = time.monotonic() + self.timeout
+            while own[flag] < value:
+                if time.monotonic() > deadline:
+                    raise CommunicationError(f"rank {self.rank}: rank {peer} did not come within {self.timeout:g} s")
+                time.sleep(0)
+
+        self._queue.append(read)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._queue.append(lambda: target.copy_(source))  # type: ignore[arg-type]
+
+    def end(self) -> _Work:
+        return _Work(self._queue)

@@ -1,0 +1,131 @@
+"""Transfers that the sender's copy engine writes straight into the receiver's slots.
+
+Every rank's slots lie in an arena that its peers have mapped, at the same places on every rank. A receiver says "ready"
+in the sender's flags when nothing uses the slots any more, the sender then copies and says "arrived" in the receiver's.
+Both are counters of exchanges between the two ranks, written and waited for by streams, so that neither the host nor a
+multiprocessor takes part, and a persistent kernel of attention cannot keep a transfer waiting.
+
+No exchange can wait for ever on a rank that is at an earlier step: a rank says "ready" for a step before it waits for
+anything in it, and what it waits for in earlier steps its peers have posted by then. A peer that is gone is another
+matter; see :class:`Fabric`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from .base import Communicator, Handle, Message
+
+
+class Fabric(Protocol):
+    """Memory that all ranks of a group map, and a queue of one rank's copies and flags, beside the compute stream.
+
+    Flags are 32-bit counters, ``2 * world_size`` of them per rank, that only grow.
+    """
+
+    def allocate(self, size: int) -> torch.Tensor:
+        """A new arena of so many bytes on every rank, uint8, this one's own part; the last one may no longer be used.
+
+        All ranks call it at the same time with the same size. It may wait for them.
+        """
+        ...
+
+    def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The same place of ``peer``'s arena as ``tensor`` is of the own one."""
+        ...
+
+    def begin(self) -> None:
+        """What is queued from here on comes after the work already on the compute stream."""
+        ...
+
+    def tell(self, peer: int, flag: int, value: int) -> None:
+        """Queue: set a flag of ``peer``'s, behind the copies that were queued before."""
+        ...
+
+    def await_own(self, flag: int, value: int, peer: int) -> None:
+        """Queue: go on when the own flag is at least ``value``, which ``peer`` will set."""
+        ...
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue."""
+        ...
+
+    def end(self) -> Handle:
+        """``wait`` orders the compute stream behind all that has been queued."""
+        ...
+
+
+class Arena:
+    """The memory for slots of one communicator. It grows as needed, and only then do the ranks talk."""
+
+    def __init__(self, fabric: Fabric):
+        self.fabric = fabric
+        self.generation = 0
+        """Changes when what was reserved before may no longer be used."""
+        self._memory: torch.Tensor | None = None
+
+    def reserve(self, size: int) -> torch.Tensor:
+        """``size`` bytes, always the same ones: passes follow each other, so they can share them. Ranks make the same
+        calls, so all grow together."""
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None
+            self._memory = self.fabric.allocate(max(size, 1))
+            self.generation += 1
+        return self._memory[:size]
+
+
+def arena_of(comm: Communicator) -> Arena | None:
+    """Where slots have to lie for ``comm``; None: anywhere."""
+    return getattr(comm, "arena", None)
+
+
+class Symmetric:
+    """``base``'s ranks, whose messages with a target go through ``fabric`` and all others through ``base``."""
+
+    name = "symmetric"
+
+    def __init__(self, group: dist.ProcessGroup, base: Communicator, fabric: Fabric):
+        self.group, self.base, self.fabric = group, base, fabric
+        self.world_size = base.world_size
+        self.local_ranks: tuple[int, ...] = base.local_ranks
+        self.rank = base.local_ranks[0]
+        self.arena = Arena(fabric)
+        self._sent: dict[int, int] = defaultdict(int)
+        self._expected: dict[int, int] = defaultdict(int)
+        """Exchanges with a peer so far in which it gets something, or sends something."""
+
+    def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
+        self.base.agree(fields, error)
+
+    def exchange(
+        self,
+        sends: Sequence[Sequence[Message]],
+        receives: Sequence[Sequence[Message]],
+        targets: Sequence[Sequence[Message]] | None = None,
+    ) -> Handle:
+        """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's."""
+        if targets is None:
+            return self.base.exchange(sends, receives)
+        fabric, arrived = self.fabric, self.world_size
+        messages: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for (peer, source), (_, target) in zip(sends[0], targets[0], strict=True):
+            messages[peer].append((target, source))
+        sources = dict.fromkeys(peer for peer, _ in receives[0])
+        fabric.begin()
+        for peer in sources:
+            self._expected[peer] += 1
+            fabric.tell(peer, self.rank, self._expected[peer])
+        for peer, copies in messages.items():
+            self._sent[peer] += 1
+            fabric.await_own(peer, self._sent[peer], peer)
+            for target, source in copies:
+                fabric.copy(fabric.there(peer, target), source)
+            fabric.tell(peer, arrived + self.rank, self._sent[peer])
+        for peer in sources:
+            fabric.await_own(arrived + peer, self._expected[peer], peer)
+        return fabric.end()

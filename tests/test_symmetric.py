@@ -1,0 +1,90 @@
+"""The transport that writes into peers' memory: its protocol over shared memory on CPUs, and over several GPUs."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_cases import METHODS, check_exact, make_inputs, run, truth, unshard
+
+import seqpar_attn
+from seqpar_attn.comm import communicator, set_transport
+from seqpar_attn.comm.gpu_memory import rows_of
+from seqpar_attn.testing.distributed import RankPool
+
+CASES = [("causal", 2), ("full", 2), ("window", 1), ("packed", 2), ("packed-full", 4), ("softcap", 4)]
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def pool(request):
+    with RankPool(request.param, timeout=90) as pool:
+        yield pool
+
+
+def many(rank, world_size, inputs, methods):
+    set_transport(None, "symmetric")
+    comm = communicator(dist.group.WORLD.group_name, torch.device("cpu"))
+    pushed = []
+    copy = comm.fabric.copy
+    comm.fabric.copy = lambda target, source: (pushed.append(source.numel()), copy(target, source))
+    results = []
+    for method in methods:
+        for x in inputs:
+            time.sleep(0.002 * rank)  # nobody may rely on others being at the same step
+            results.append(run(x, method, world_size, rank))
+    set_transport(None, "p2p")
+    assert communicator(dist.group.WORLD.group_name, torch.device("cpu")).name == "p2p"
+    return results, len(pushed)
+
+
+def test_equals_one_device(pool):
+    length = 2 * pool.world_size * 6
+    inputs = [make_inputs(length, mask, nheads_kv=heads, batch=1 + i % 2) for i, (mask, heads) in enumerate(CASES)]
+    ranks = pool.run(many, inputs, METHODS)
+    assert all(pushed > 0 for _, pushed in ranks)
+    expected = [truth(x) for x in inputs]
+    for i, (method, case) in enumerate((m, c) for m in METHODS for c in range(len(inputs))):
+        check_exact(unshard([results[i] for results, _ in ranks], method), expected[case])
+
+
+def growing(rank, world_size, inputs):
+    set_transport(None, "symmetric")
+    comm = communicator(dist.group.WORLD.group_name, torch.device("cpu"))
+    found = []
+    for x in inputs:
+        found.append((run(x, METHODS[0], world_size, rank), comm.arena.generation))
+    return found
+
+
+def test_arena_grows_and_is_shared(pool):
+    inputs = [make_inputs(2 * pool.world_size * n) for n in (2, 9, 4, 9)]
+    ranks = pool.run(growing, inputs)
+    for i, x in enumerate(inputs):
+        check_exact(unshard([found[i][0] for found in ranks], METHODS[0]), truth(x))
+    generations = [[generation for _, generation in found] for found in ranks]
+    assert len(set(map(tuple, generations))) == 1
+    assert generations[0][1] > generations[0][0] and generations[0][1:] == 3 * generations[0][1:2]
+
+
+def refused(rank, world_size, transport):
+    try:
+        set_transport(None, transport if rank == 0 else "symmetric")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_unknown_or_different_transports_are_refused(pool):
+    assert set(pool.run(refused, "pigeons")) == {"expected one of p2p, symmetric on every rank, got pigeons, symmetric"}
+    assert set(pool.run(refused, "p2p")) == {"expected one of p2p, symmetric on every rank, got p2p, symmetric"}
+    with pytest.raises(ValueError, match="virtual ranks"):
+        set_transport(seqpar_attn.LoopbackGroup(2), "symmetric")
+
+
+def test_rows():
+    x = torch.zeros(2, 8, 4, 16)
+    assert rows_of(x) == (1, 1024, 1024)
+    assert rows_of(x.narrow(1, 2, 3)) == (2, 192, 512)
+    assert rows_of(x[:1].narrow(1, 2, 3)) == (1, 192, 192)
+    assert rows_of(x.narrow(2, 1, 2)) == (16, 32, 64)
+    assert rows_of(x.transpose(1, 2)) is None
