@@ -17,7 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from seqpar_attn.loss.triton import rows, split, tokens  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INT32 = {"stride_row", "stride_grad", "tokens", "columns", "count", "start", "ignore_index", "vocab_size"}
+INT32 = {"stride_row", "stride_grad", "tokens", "columns", "tiles", "count", "start", "ignore_index", "vocab_size"}
 STRIDES = {"stride_row", "stride_grad", "columns"}
 ALIGNED = {"logits", "grad", "weight", "statistics", "high", "low", "addend", "x"} | STRIDES
 ON = {"SOFTCAP": True, "SMOOTHING": True, "Z_LOSS": True}
