@@ -59,6 +59,10 @@ def _loopback(world_size: int) -> Loopback:
 _p2p: dict[tuple[str, torch.device], P2P] = {}
 
 
+def _alive(group: dist.ProcessGroup) -> bool:
+    return group in dist.distributed_c10d._world.pg_map
+
+
 def communicator(name: str, device: torch.device) -> Communicator:
     """The communicator of the group that :func:`group_name` named, for tensors on ``device``."""
     if name.startswith("loopback:"):
@@ -66,5 +70,8 @@ def communicator(name: str, device: torch.device) -> Communicator:
     group = _resolve_process_group(name)  # type: ignore[arg-type]
     known = _p2p.get((name, device))
     if known is None or known.group is not group:
+        # Those of destroyed groups would keep them, and their streams, for good.
+        for key in [key for key, other in _p2p.items() if not _alive(other.group)]:
+            _p2p.pop(key, None)
         known = _p2p[name, device] = P2P(group, device)
     return known
