@@ -7,6 +7,8 @@ says so (:mod:`.kernels.tape`). What is left per step is to post messages and to
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -291,8 +293,11 @@ class Backward(Pass):
         )
 
 
-_GEOMETRIES = 64
-"""For which a program keeps passes."""
+_GEOMETRIES = 256
+"""For how many passes are kept, of all programs together. A pass holds host memory for every view of its program, some
+100 KiB: were it so many per program, a process whose batches change would pile up hundreds of MiB."""
+_kept: deque[tuple[weakref.ref[Program], Hashable]] = deque()
+"""The programs of these passes, and their keys there, the oldest first."""
 
 
 def _key(kernel: Kernel, call: Call, given: Tensors, arena: Arena | None, wide_keys: bool) -> Hashable:
@@ -315,10 +320,22 @@ def _shelf(
     shelf = program.passes.get(_key(kernel, call, given, arena, wide_keys))
     if shelf is None:
         given = [_regular(x) if x.ndim == 4 else x for x in given]  # lse, of three dimensions, is our own
-        if len(program.passes) >= _GEOMETRIES:
-            program.passes.clear()
-        shelf = program.passes.setdefault(_key(kernel, call, given, arena, wide_keys), [])
+        key = _key(kernel, call, given, arena, wide_keys)
+        shelf = program.passes.get(key)
+        if shelf is None:
+            shelf = program.passes.setdefault(key, [])
+            _kept.append((weakref.ref(program), key))
+            if len(_kept) > _GEOMETRIES:
+                _forget_oldest()
     return shelf, given
+
+
+def _forget_oldest() -> None:
+    """If it is still in use it is made again: once in so many new ones, which costs less than to keep them in order."""
+    reference, key = _kept.popleft()
+    program = reference()
+    if program is not None:  # plans are forgotten with all their passes
+        program.passes.pop(key, None)
 
 
 def _regular(x: torch.Tensor) -> torch.Tensor:

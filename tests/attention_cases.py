@@ -12,7 +12,7 @@ import seqpar_attn
 from seqpar_attn import plan
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
-from seqpar_attn.testing.errors import assert_error_rule
+from seqpar_attn.testing.errors import assert_error_rule, chance
 from seqpar_attn.testing.truth import attention64
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -161,16 +161,6 @@ def check_exact(results: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert worst <= tolerance, f"{name}: {worst:.3e} at batch, element {where}"
 
 
-def _chance(results: dict, expected: dict, single: dict, name: str) -> float:
-    """What four standard errors of the mean square add to a relative error."""
-    truth = expected[name].double()
-    seen = truth.isfinite()
-    error, allowed = ((x[name].double() - truth)[seen] for x in (results, single))
-    limit = 1.1 * allowed.norm()
-    more = (limit**2 + 4 * (error**4 + allowed**4).sum().sqrt()).sqrt() - limit
-    return (more / truth[seen].norm().clamp(min=1e-30)).nan_to_num().item() if truth.numel() else 0.0
-
-
 def check_error_rule(
     results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], single: dict[str, torch.Tensor]
 ) -> dict[str, float]:
@@ -182,7 +172,13 @@ def check_error_rule(
     ratios = {}
     for name in NAMES:
         report = assert_error_rule(
-            results[name], expected[name], single[name], 1.1, 2e-7 + _chance(results, expected, single, name), name, 3.0
+            results[name],
+            expected[name],
+            single[name],
+            1.1,
+            2e-7 + chance(results[name], expected[name], single[name]),
+            name,
+            3.0,
         )
         ratios[name] = report.relative / max(report.baseline.relative, 1e-30)
     return ratios

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from attention_cases import METHODS, Inputs, check_error_rule, check_exact, make_inputs, run, truth, unshard
 
 import seqpar_attn
+from seqpar_attn import comm
 from seqpar_attn.testing.distributed import RankPool
 
 CASES = [("causal", 2), ("full", 2), ("window", 1), ("packed", 2), ("packed-full", 4), ("softcap", 4)]
@@ -166,6 +167,20 @@ def outsider(rank, world_size):
 
 def test_group_without_this_rank(three_ranks):
     assert three_ranks.run(outsider)[:2] == [(1, 6, 4, 16)] * 2
+
+
+def groups_come_and_go(rank, world_size):
+    for _ in range(3):
+        group = dist.new_group()
+        one_call(group=group)
+        dist.destroy_process_group(group)
+    one_call(group=dist.new_group())
+    return [communicator.group in dist.distributed_c10d._world.pg_map for communicator in comm._known.values()]
+
+
+def test_destroyed_groups_are_forgotten(three_ranks):
+    for alive in three_ranks.run(groups_come_and_go):
+        assert alive and all(alive)
 
 
 def dies(rank, world_size, where: str):

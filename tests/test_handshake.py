@@ -98,6 +98,12 @@ def test_memory_is_bounded_alike_on_all_ranks(store, monkeypatch):
     assert all(len(one._agreed) == 2 for one in group)
 
 
+def test_who_talks_on_every_call_remembers_nothing(store):
+    group = ranks(2, "cpu memory", store, every_call=True)
+    call(group, [{"dtype": "a"}] * 2)
+    assert not any(one._agreed for one in group)
+
+
 def test_old_keys_are_removed(store):
     group = ranks(2, "keys", store, every_call=True)
     before = store.num_keys()

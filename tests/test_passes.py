@@ -1,6 +1,9 @@
 """Passes are made once and played many times: nothing of one playing may be seen in another."""
 
+import gc
 import threading
+import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -91,6 +94,35 @@ def test_one_tensor_given_twice_and_then_two():
     for inputs in ([first] * 4, others):
         assert equal(_passes(kernel, plan, CALL, 4, inputs), _passes(ReferenceKernel(), plan, CALL, 4, inputs))
     assert kernel.replayed > 0
+
+
+def test_passes_of_old_geometries_are_forgotten(monkeypatch):
+    """One bound for all plans: batches change without end, and every pass is host memory."""
+    monkeypatch.setattr(passes, "_GEOMETRIES", 6)
+    monkeypatch.setattr(passes, "_kept", deque())
+    plan, other = plan_of(), plans.make_plan("ring", "pull", "zigzag", 4, Mask(96, window_size=9))
+    first = inputs_of(batch=1)
+    expected = _passes(ReferenceKernel(), plan, CALL, 4, first)
+    for batch in (1, 2, 3):
+        _passes(ReferenceKernel(), plan, CALL, 4, inputs_of(batch=batch))
+    played = [weakref.ref(x) for x in waiting(plan)]
+    for batch in (4, 5):
+        _passes(ReferenceKernel(), other, CALL, 4, inputs_of(batch=batch))
+    gc.collect()
+    assert len(passes._kept) == 6 == len(waiting(plan)) + len(waiting(other))
+    assert sum(x() is not None for x in played) == len(waiting(plan)) == 2  # the newest
+    assert equal(_passes(ReferenceKernel(), plan, CALL, 4, first), expected)
+
+
+def test_passes_go_with_their_plan():
+    plan = plan_of()
+    _passes(ReferenceKernel(), plan, CALL, 4, inputs_of())
+    played = [weakref.ref(x) for x in waiting(plan)]
+    assert played
+    del plan
+    plans._make_plan.cache_clear()
+    gc.collect()
+    assert not any(x() for x in played)
 
 
 class Breaks(Loopback):

@@ -66,8 +66,8 @@ def _loopback(world_size: int) -> Loopback:
 
 
 TRANSPORTS = ("p2p", "symmetric")
-_chosen: dict[str, str] = {}
-"""Per group's name, if not the first."""
+_chosen: dict[str, tuple[dist.ProcessGroup, str]] = {}
+"""Per group's name; the group as well, since a name may come again."""
 _known: dict[tuple[str, torch.device], P2P | Symmetric] = {}
 
 
@@ -89,16 +89,21 @@ def set_transport(group: Group, transport: str) -> None:
     name = group_name(group)
     if name.startswith("loopback:"):
         raise ValueError("expected a group of processes, got virtual ranks, which need no transport")
-    found: list[tuple[str, str] | None] = [None] * dist.get_world_size(_resolve_process_group(name))  # type: ignore[arg-type]
-    dist.all_gather_object(found, (transport, _host()), group=_resolve_process_group(name))  # type: ignore[arg-type]
+    ranks = _resolve_process_group(name)  # type: ignore[arg-type]
+    found: list[tuple[str, str] | None] = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(found, (transport, _host()), group=ranks)
     names, hosts = ({x[i] for x in found if x is not None} for i in range(2))
     if len(names) > 1 or transport not in TRANSPORTS:
         raise ValueError(f"expected one of {', '.join(TRANSPORTS)} on every rank, got {', '.join(sorted(names))}")
     if transport == "symmetric" and len(hosts) > 1:
         raise ValueError(f"expected all ranks on one host for transport 'symmetric', got {len(hosts)} hosts: use 'p2p'")
-    _chosen[name] = transport
+    _chosen[name] = ranks, transport
     for key in [key for key in _known if key[0] == name]:
         del _known[key]
+
+
+def _alive(group: dist.ProcessGroup) -> bool:
+    return group in dist.distributed_c10d._world.pg_map
 
 
 def communicator(name: str, device: torch.device) -> Communicator:
@@ -108,8 +113,11 @@ def communicator(name: str, device: torch.device) -> Communicator:
     group = _resolve_process_group(name)  # type: ignore[arg-type]
     known = _known.get((name, device))
     if known is None or known.group is not group:
+        # Those of destroyed groups would keep them, and their streams, for good.
+        for key in [key for key, other in _known.items() if not _alive(other.group)]:
+            _known.pop(key, None)
         base = P2P(group, device)
-        if _chosen.get(name) == "symmetric":
+        if _chosen.get(name) == (group, "symmetric"):
             fabric = SharedMemory(group, base.timeout) if device.type == "cpu" else GpuMemory(group, device)
             known = Symmetric(group, base, fabric)
         else:

@@ -107,3 +107,14 @@ def assert_error_rule(
     if report.max_abs > worst_factor * report.baseline.max_abs + slack * scale:
         raise AssertionError(f"largest error above {worst_factor} x the baseline's: {report}")
     return report
+
+
+def chance(actual: torch.Tensor, truth: torch.Tensor, baseline: torch.Tensor, factor: float = 1.1) -> float:
+    """What four standard errors of the mean square add to a relative error: slack for :func:`assert_error_rule` where
+    a few elements with large roundings make up most of it."""
+    truth = truth.double()
+    seen = truth.isfinite()
+    error, allowed = ((x.double() - truth)[seen] for x in (actual, baseline))
+    limit = factor * allowed.norm()
+    more = (limit**2 + 4 * (error**4 + allowed**4).sum().sqrt()).sqrt() - limit
+    return (more / truth[seen].norm().clamp(min=1e-30)).nan_to_num().item() if truth.numel() else 0.0
