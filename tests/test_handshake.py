@@ -1,6 +1,7 @@
 """The handshake by itself: ranks are threads on one store."""
 
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -110,6 +111,22 @@ def test_old_keys_are_removed(store):
     for _ in range(20):
         call(group, [{"dtype": "a"}] * 2)
     assert store.num_keys() - before <= 4
+
+
+class Silent(dist.HashStore):
+    """The store of a host that has become unreachable: what would have to come from there does not come."""
+
+    def wait(self, *_):
+        time.sleep(60)
+
+
+def test_a_store_that_does_not_answer_is_an_error_in_time(monkeypatch):
+    monkeypatch.setattr(handshake, "_GRACE_S", 0.1)
+    start = time.monotonic()
+    answers = call(ranks(2, "silent", Silent(), timeout=timedelta(seconds=0.2)), [{}] * 2)
+    assert time.monotonic() - start < 5
+    for answer in answers:
+        assert isinstance(answer, CommunicationError) and "the group's store did not answer" in str(answer)
 
 
 def test_compare_names_a_missing_field():

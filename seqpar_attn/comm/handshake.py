@@ -8,9 +8,12 @@ description: host time per call stays small, and a rank that differs only later 
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store
 
@@ -18,6 +21,11 @@ from .base import CommunicationError, compare
 
 REMEMBERED = 1024
 """Descriptions a GPU group remembers; packed batches bring a new one each."""
+
+_GRACE_S = 2.0
+"""How long after the timeout the store may still take to say that a wait is over, and who is missing."""
+
+T = TypeVar("T")
 
 _calls: dict[str, int] = defaultdict(int)
 """Calls so far per group name; never reset, so that a group made again on the same store meets no old keys."""
@@ -43,20 +51,13 @@ class Handshake:
         mine = {"fields": {name: repr(value) for name, value in fields.items()}, "error": error and str(error)}
         keys = [self._key(call, rank) for rank in range(self.world_size)]
         try:
-            self.store.set(keys[self.rank], json.dumps(mine))
-            self.store.wait(keys, self.timeout)
-            answers = [json.loads(value) for value in self.store.multi_get(keys)]
+            answers = _within(self.timeout.total_seconds() + _GRACE_S, lambda: self._talk(keys, json.dumps(mine)))
         except Exception as cause:
             if error is not None:
                 raise error from cause
             raise CommunicationError(
-                f"rank {self.rank}: handshake of call {call} in group {self.name} failed: "
-                f"ranks {self._missing(keys)} did not join within {self.timeout} ({cause})"
+                f"rank {self.rank}: handshake of call {call} in group {self.name} failed: {cause}"
             ) from cause
-        # Everyone has read the keys of the previous handshake, or would not have joined this one.
-        if self._old_key is not None:
-            self.store.delete_key(self._old_key)
-        self._old_key = keys[self.rank]
         compare([answer["fields"] for answer in answers], [answer["error"] for answer in answers])
         if self.every_call:  # nobody asks what was agreed on
             return True
@@ -65,8 +66,49 @@ class Handshake:
             del self._agreed[next(iter(self._agreed))]
         return True
 
+    def _talk(self, keys: list[str], mine: str) -> list[dict[str, Any]]:
+        """What every rank says of its call."""
+        try:
+            self.store.set(keys[self.rank], mine)
+            self.store.wait(keys, self.timeout)
+            answers = [json.loads(value) for value in self.store.multi_get(keys)]
+            # Everyone has read the keys of the previous handshake, or would not have joined this one.
+            if self._old_key is not None:
+                self.store.delete_key(self._old_key)
+            self._old_key = keys[self.rank]
+        except Exception as cause:
+            missing = self._missing(keys)
+            raise RuntimeError(f"ranks {missing} did not join within {self.timeout} ({cause})") from cause
+        return answers
+
     def _missing(self, keys: list[str]) -> str:
         try:
             return str([rank for rank, key in enumerate(keys) if not self.store.check([key])])
         except Exception as cause:
             return f"unknown (the store is gone: {cause})"
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """``function()``, but an error if it takes longer; it is then left behind.
+
+    Torch's TCPStore ends a wait that timed out by asking its server to cancel it, and for the answer it waits without
+    any limit: where the host of the store has become unreachable, for a quarter of an hour, until TCP gives up.
+    """
+    done: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((function(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="seqpar_attn handshake", daemon=True).start()  # no exit waits for a daemon
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(
+            f"the group's store did not answer within {seconds:g} s: its host (MASTER_ADDR) is unreachable or stopped"
+        ) from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

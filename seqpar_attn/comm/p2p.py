@@ -21,27 +21,39 @@ from .handshake import Handshake
 
 
 class _Pending:
-    """Works in flight and the tensors they use; ``unpack`` are (strided target, contiguous buffer) pairs."""
+    """Works in flight and the messages they move, which keep the tensors alive: ``outgoing`` before ``incoming``, one
+    work each or one for all; ``unpack`` are (strided target, contiguous buffer) pairs."""
 
     def __init__(
         self,
         rank: int,
-        peers: set[int],
         works: list[dist.Work],
-        tensors: list[torch.Tensor],
+        outgoing: list[Message],
+        incoming: list[Message],
         unpack: list[tuple[torch.Tensor, torch.Tensor]],
     ):
-        self.rank, self.peers, self.works, self.tensors, self.unpack = rank, peers, works, tensors, unpack
+        self.rank, self.works, self.outgoing, self.incoming, self.unpack = rank, works, outgoing, incoming, unpack
 
     def wait(self) -> None:
+        number = 0
         try:
-            for work in self.works:
+            for number, work in enumerate(self.works):  # noqa: B007 (for the error)
                 work.wait()
         except RuntimeError as cause:
-            raise _failed(self.rank, self.peers, cause) from cause
+            peers = {peer for peer, _ in (*self.outgoing, *self.incoming)}
+            raise _failed(self.rank, peers, cause, self._transfer(number)) from cause
         for target, buffer in self.unpack:
             target.copy_(buffer)
-        self.works, self.tensors, self.unpack = [], [], []
+        self.works, self.outgoing, self.incoming, self.unpack = [], [], [], []
+
+    def _transfer(self, number: int) -> str:
+        """In words, what a work moves."""
+        sends = len(self.outgoing)
+        if len(self.works) != sends + len(self.incoming):
+            return ""
+        peer, tensor = (*self.outgoing, *self.incoming)[number]
+        direction = "sending to" if number < sends else "receiving from"
+        return f" {direction} rank {peer} ({tensor.numel() * tensor.element_size()} bytes)"
 
 
 class P2P:
@@ -98,7 +110,7 @@ class P2P:
             works = self._post(outgoing, incoming) if peers else []
         except RuntimeError as cause:
             raise _failed(self.rank, peers, cause) from cause
-        return _Pending(self.rank, peers, works, [tensor for _, tensor in (*outgoing, *incoming)], unpack)
+        return _Pending(self.rank, works, outgoing, incoming, unpack)
 
     def _post(
         self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]
@@ -138,5 +150,5 @@ class _Ahead:
         current.wait_event(self.passed)
 
 
-def _failed(rank: int, peers: set[int], cause: Exception) -> CommunicationError:
-    return CommunicationError(f"rank {rank}: exchange with ranks {sorted(peers)} failed: {cause}")
+def _failed(rank: int, peers: set[int], cause: Exception, transfer: str = "") -> CommunicationError:
+    return CommunicationError(f"rank {rank}: exchange with ranks {sorted(peers)} failed{transfer}: {cause}")
