@@ -116,8 +116,8 @@ def communicator(name: str, device: torch.device) -> Communicator:
         # Those of destroyed groups would keep them, and their streams, for good.
         for key in [key for key, other in _known.items() if not _alive(other.group)]:
             _known.pop(key, None)
-        for other in [other for other, (chosen, _) in _chosen.items() if not _alive(chosen)]:
-            _chosen.pop(other, None)
+        for old in [old for old, (chosen, _) in _chosen.items() if not _alive(chosen)]:
+            _chosen.pop(old, None)
         base = P2P(group, device)
         if _chosen.get(name) == (group, "symmetric"):
             fabric = SharedMemory(group, base.timeout) if device.type == "cpu" else GpuMemory(group, device)
