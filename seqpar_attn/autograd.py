@@ -33,9 +33,12 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicat
     return plan, kernel
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None) -> dict[str, object]:
+def describe(
+    q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None, direction: str = "forward"
+) -> dict[str, object]:
     """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
-    own = {"q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype, "device": q.device.type}
+    own = {"direction": direction, "q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype}
+    own["device"] = q.device.type
     chosen = kernel and f"{kernel.name} ({type(kernel).__name__})"  # a backend may have several kernels
     return own | vars(call) | {"chosen backend": chosen}
 
@@ -112,6 +115,10 @@ def attention_backward_op(
     call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
     comm = communicator(group, q.device)
     plan, kernel = _prepare(q, k, v, comm, call)
+    if comm.world_size > 1 and q.device.type == "cpu":
+        # Ranks that come to backward in different orders would take each other's blocks for their own, and gloo ends
+        # the process that gets a longer message than it expects.
+        comm.agree(describe(q, k, call, kernel, "backward"), None)
     return backward_pass(dout, dlse, q, k, v, out, lse, plan, comm, kernel, call)
 
 

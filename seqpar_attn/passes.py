@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from .comm import Arena, Communicator, Message, arena_of
+from .comm import Arena, CommunicationError, Communicator, Message, arena_of
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
@@ -81,17 +81,22 @@ class Pass:
         """All moments."""
         for view in self._posted:
             self.pieces.view(view)
-        for number, moment, sends, receives, targets in self._moments:
-            handle = None
-            if moment.moves:
-                handle = comm.exchange(
-                    self._messages(moment.sends) if sends is None else sends,
-                    self._messages(moment.receives) if receives is None else receives,
-                    *targets,
-                )
-            self.launch(number, self._work, moment)
-            if handle is not None:
-                handle.wait()
+        try:
+            for number, moment, sends, receives, targets in self._moments:
+                handle = None
+                if moment.moves:
+                    handle = comm.exchange(
+                        self._messages(moment.sends) if sends is None else sends,
+                        self._messages(moment.receives) if receives is None else receives,
+                        *targets,
+                    )
+                self.launch(number, self._work, moment)
+                if handle is not None:
+                    handle.wait()
+        except CommunicationError as error:
+            name = "backward" if self.program.schedule.backward else "forward"
+            steps = len(self._moments)
+            raise CommunicationError(f"step {number + 1} of {steps} of the {name} pass: {error}") from error
 
     def end(self) -> None:
         if self._tape is not None:

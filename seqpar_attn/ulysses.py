@@ -189,6 +189,8 @@ def ulysses_backward_op(
     grid = _Grid(group, ring, call, q.device)
     plan, kind = grid.plan(dout.shape[1]), (q.device, q.dtype, q.shape[3])
     kernel = kernels.resolve(call.backend, *kind, plan.kinds, call.softcap, call.deterministic)
+    if q.device.type == "cpu":  # as in autograd.attention_backward_op
+        agree(grid.comms, describe(q, k, call, kernel, "backward"), None)
     given = [(dout, 1)] if dlse is None else [(dout, 1), (_as_head(dlse), 1)]
     dout_heads, *dlse_heads = grid.to_heads(*given)
     dlse = _as_lse(dlse_heads[0]) if dlse_heads else None

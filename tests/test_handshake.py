@@ -20,7 +20,8 @@ def call(handshakes, descriptions, errors=None):
     """Every rank's answer or exception."""
     answers = [None] * len(handshakes)
     # Calls are counted per process; threads of one process share the count, so each rank gets the same number.
-    start = handshake._calls[handshakes[0].name]
+    counts = handshakes[0]._calls
+    start = counts[handshakes[0].name]
 
     def one(rank):
         try:
@@ -35,7 +36,8 @@ def call(handshakes, descriptions, errors=None):
         def __setitem__(self, key, value):
             pass
 
-    saved, handshake._calls = handshake._calls, Same()
+    for each in handshakes:
+        each._calls = Same()
     try:
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(handshakes))]
         for thread in threads:
@@ -43,8 +45,9 @@ def call(handshakes, descriptions, errors=None):
         for thread in threads:
             thread.join(20)
     finally:
-        handshake._calls = saved
-        handshake._calls[handshakes[0].name] = start + 1
+        for each in handshakes:
+            each._calls = counts
+        counts[handshakes[0].name] = start + 1
     return answers
 
 

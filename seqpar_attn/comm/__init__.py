@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -66,8 +67,8 @@ def _loopback(world_size: int) -> Loopback:
 
 
 TRANSPORTS = ("p2p", "symmetric")
-_chosen: dict[str, tuple[dist.ProcessGroup, str]] = {}
-"""Per group's name; the group as well, since a name may come again."""
+_chosen: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()
+"""Not by name, which may come again."""
 _known: dict[tuple[str, torch.device], P2P | Symmetric] = {}
 
 
@@ -97,12 +98,12 @@ def set_transport(group: Group, transport: str) -> None:
         raise ValueError(f"expected one of {', '.join(TRANSPORTS)} on every rank, got {', '.join(sorted(names))}")
     if transport == "symmetric" and len(hosts) > 1:
         raise ValueError(f"expected all ranks on one host for transport 'symmetric', got {len(hosts)} hosts: use 'p2p'")
-    _chosen[name] = ranks, transport
+    _chosen[ranks] = transport
     for key in [key for key in _known if key[0] == name]:
         del _known[key]
 
 
-def _alive(group: dist.ProcessGroup) -> bool:
+def _alive(group: dist.ProcessGroup | None) -> bool:
     return group in dist.distributed_c10d._world.pg_map
 
 
@@ -116,12 +117,10 @@ def communicator(name: str, device: torch.device) -> Communicator:
         # Those of destroyed groups would keep them, and their streams, for good.
         for key in [key for key, other in _known.items() if not _alive(other.group)]:
             _known.pop(key, None)
-        for old in [old for old, (chosen, _) in _chosen.items() if not _alive(chosen)]:
-            _chosen.pop(old, None)
         base = P2P(group, device)
-        if _chosen.get(name) == (group, "symmetric"):
+        if _chosen.get(group) == "symmetric":
             fabric = SharedMemory(group, base.timeout) if device.type == "cpu" else GpuMemory(group, device)
-            known = Symmetric(group, base, fabric)
+            known = Symmetric(base, fabric)
         else:
             known = base
         _known[name, device] = known

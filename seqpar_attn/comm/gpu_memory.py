@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -83,8 +84,9 @@ class _Queued:
 class GpuMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        self.group, self.device = group, device
+        self._group, self.device = weakref.ref(group), device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._name = group.group_name
         self._cuda = _driver()
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._queue = self._stream.cuda_stream
@@ -98,10 +100,10 @@ class GpuMemory:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         memory = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
-        handle = symmetric_memory.rendezvous(memory, self.group.group_name)
+        handle = symmetric_memory.rendezvous(memory, self._name)
         memory.zero_()
         torch.cuda.synchronize(self.device)
-        dist.barrier(self.group, device_ids=[self.device.index])
+        dist.barrier(self._group(), device_ids=[self.device.index])
         self._handle = handle
         return memory, [int(x) + int(getattr(handle, "offset", 0)) for x in handle.buffer_ptrs]
 

@@ -10,6 +10,7 @@ is held back by a few microseconds, until they have begun (:class:`_Ahead`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -21,8 +22,7 @@ from .handshake import Handshake
 
 
 class _Pending:
-    """Works in flight and the messages they move, which keep the tensors alive: ``outgoing`` before ``incoming``, one
-    work each or one for all; ``unpack`` are (strided target, contiguous buffer) pairs."""
+    """Works in flight and their messages; ``unpack`` are (strided target, contiguous buffer) pairs."""
 
     def __init__(
         self,
@@ -35,25 +35,18 @@ class _Pending:
         self.rank, self.works, self.outgoing, self.incoming, self.unpack = rank, works, outgoing, incoming, unpack
 
     def wait(self) -> None:
-        number = 0
+        done = 0
         try:
-            for number, work in enumerate(self.works):  # noqa: B007 (for the error)
+            for work in self.works:
                 work.wait()
+                done += 1
         except RuntimeError as cause:
-            peers = {peer for peer, _ in (*self.outgoing, *self.incoming)}
-            raise _failed(self.rank, peers, cause, self._transfer(number)) from cause
+            # Works are in the order of their messages, unless there is one for all of them.
+            number = done if len(self.works) == len(self.outgoing) + len(self.incoming) else None
+            raise _failed(self.rank, self.outgoing, self.incoming, cause, number) from cause
         for target, buffer in self.unpack:
             target.copy_(buffer)
         self.works, self.outgoing, self.incoming, self.unpack = [], [], [], []
-
-    def _transfer(self, number: int) -> str:
-        """In words, what a work moves."""
-        sends = len(self.outgoing)
-        if len(self.works) != sends + len(self.incoming):
-            return ""
-        peer, tensor = (*self.outgoing, *self.incoming)[number]
-        direction = "sending to" if number < sends else "receiving from"
-        return f" {direction} rank {peer} ({tensor.numel() * tensor.element_size()} bytes)"
 
 
 class P2P:
@@ -62,21 +55,23 @@ class P2P:
     name = "p2p"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group, self.device = group, device
+        # Nothing here may keep a group or its store alive: who destroys a group to make it again needs its sockets and
+        # its store to go with it (a store that is made again where one still lives is the old one, old keys included).
+        self._group, self.device = weakref.ref(group), device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.local_ranks: tuple[int, ...] = (self.rank,)
         try:
-            self.backend = group._get_backend(torch.device(device.type))
+            backend = group._get_backend(torch.device(device.type))
         except RuntimeError as cause:
             raise ValueError(
                 f"expected a group with a backend for {device.type} tensors, got {dist.get_backend(group)!r}"
             ) from cause
-        if device.type == "cuda" and self.backend.name() == "gloo":
+        if device.type == "cuda" and backend.name() == "gloo":
             raise ValueError("expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer")
-        options = getattr(self.backend, "options", None)
+        options = getattr(backend, "options", None)
         self.timeout: timedelta = getattr(options, "_timeout", None) or timedelta(minutes=30)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
-        self._coalesces = type(group) is dist.ProcessGroup and self.backend.supports_coalescing
+        self._coalesces = type(group) is dist.ProcessGroup and backend.supports_coalescing
         self._ahead = _Ahead(device) if device.type == "cuda" else None
         self._handshake = Handshake(
             dist.distributed_c10d._get_default_store(),
@@ -87,6 +82,11 @@ class P2P:
             every_call=device.type == "cpu",
         )
         self._connected = device.type == "cpu"
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """None once it has been destroyed."""
+        return self._group()
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if self._handshake.agree(fields, error) and not self._connected:
@@ -105,18 +105,22 @@ class P2P:
                 buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 unpack.append((tensor, buffer))
             incoming.append((peer, buffer))
-        peers = {peer for peer, _ in (*outgoing, *incoming)}
+        works: list[dist.Work] = []
         try:
-            works = self._post(outgoing, incoming) if peers else []
+            if outgoing or incoming:
+                works = self._post(outgoing, incoming, works)
         except RuntimeError as cause:
-            raise _failed(self.rank, peers, cause) from cause
+            number = None if self._coalesces else len(works)
+            raise _failed(self.rank, outgoing, incoming, cause, number) from cause
         return _Pending(self.rank, works, outgoing, incoming, unpack)
 
     def _post(
-        self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]
+        self, outgoing: Sequence[Message], incoming: Sequence[Message], works: list[dist.Work]
     ) -> list[dist.Work]:
-        """Tags count the messages between two ranks, so that gloo matches them in order whatever its threads do."""
-        works, group = [], self.group
+        """``works`` has what was posted even after an error. Tags count the messages between two ranks, so that gloo
+        matches them in order whatever its threads do."""
+        group = self.group
+        assert group is not None
         if self._coalesces:
             group._start_coalescing(self.device)
         for post, messages in ((group.send, outgoing), (group.recv, incoming)):
@@ -150,5 +154,14 @@ class _Ahead:
         current.wait_event(self.passed)
 
 
-def _failed(rank: int, peers: set[int], cause: Exception, transfer: str = "") -> CommunicationError:
-    return CommunicationError(f"rank {rank}: exchange with ranks {sorted(peers)} failed{transfer}: {cause}")
+def _failed(
+    rank: int, outgoing: list[Message], incoming: list[Message], cause: Exception, number: int | None = None
+) -> CommunicationError:
+    """``number``: which message failed, those that go out first."""
+    where = ""
+    if number is not None:
+        peer, tensor = (*outgoing, *incoming)[number]
+        what = "send to" if number < len(outgoing) else "receive from"
+        where = f" in {what} rank {peer} of {tensor.nbytes} bytes"
+    peers = sorted({peer for peer, _ in (*outgoing, *incoming)})
+    return CommunicationError(f"rank {rank}: exchange with ranks {peers} failed{where}: {cause}")

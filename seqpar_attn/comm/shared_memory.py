@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ class _Work:
 
 class SharedMemory:
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta):
-        self.group, self.timeout = group, timeout.total_seconds()
+        self._group, self.timeout = weakref.ref(group), timeout.total_seconds()
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         folder = [tempfile.mkdtemp(prefix="seqpar_attn-") if self.rank == 0 else None]
         dist.broadcast_object_list(folder, group=group, group_src=0)
@@ -46,12 +47,12 @@ class SharedMemory:
         own = self._folder / f"{name}-{self.rank}"
         own.write_bytes(b"")
         os.truncate(own, length * dtype.itemsize)
-        dist.barrier(self.group)
+        dist.barrier(self._group())
         found = [
             torch.from_file(str(self._folder / f"{name}-{rank}"), shared=True, size=length, dtype=dtype)
             for rank in range(self.world_size)
         ]
-        dist.barrier(self.group)
+        dist.barrier(self._group())
         own.unlink()
         return found
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .base import Communicator, Handle, Message
+from .p2p import P2P
 
 
 class Fabric(Protocol):
@@ -89,8 +90,8 @@ class Symmetric:
 
     name = "symmetric"
 
-    def __init__(self, group: dist.ProcessGroup, base: Communicator, fabric: Fabric):
-        self.group, self.base, self.fabric = group, base, fabric
+    def __init__(self, base: P2P, fabric: Fabric):
+        self.base, self.fabric = base, fabric
         self.world_size = base.world_size
         self.local_ranks: tuple[int, ...] = base.local_ranks
         self.rank = base.local_ranks[0]
@@ -98,6 +99,10 @@ class Symmetric:
         self._sent: dict[int, int] = defaultdict(int)
         self._expected: dict[int, int] = defaultdict(int)
         """Exchanges with a peer so far in which it gets something, or sends something."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self.base.group
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         self.base.agree(fields, error)
