@@ -139,7 +139,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+        # An operator's first call imports torch._dynamo, which takes longer than all else.
+        context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", __name__])
         self._folder = Path(tempfile.mkdtemp(prefix="seqpar_attn_ranks_"))
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
