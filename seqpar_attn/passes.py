@@ -162,7 +162,9 @@ class Pass:
 class Forward(Pass):
     """Tensors: q, k, v; out, lse; the accumulator of out, unless it is finished by one launch."""
 
-    def __init__(self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors, reserve: Reserve):
+    def __init__(
+        self, plan: Plan, program: Program, kernel: Kernel, call: Call, given: Tensors, reserve: Reserve = None
+    ):
         q = given[0]
         batch, seqlen, nheads, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
@@ -216,8 +218,8 @@ class Backward(Pass):
         kernel: Kernel,
         call: Call,
         given: Tensors,
-        reserve: Reserve,
         wide_keys: bool,
+        reserve: Reserve = None,
     ):
         q, k, v, *_ = given
         dtype = accumulator_dtype(q.dtype)
@@ -403,7 +405,7 @@ def backward_pass(
     try:
         played: Backward = shelf.pop()
     except IndexError:
-        played = Backward(plan, program, kernel, call, given, None if arena is None else arena.reserve, wide_keys)
+        played = Backward(plan, program, kernel, call, given, wide_keys, None if arena is None else arena.reserve)
     result = played.play(comm, dlse, *given)
     shelf.append(played)
     return result
