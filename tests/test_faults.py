@@ -61,7 +61,15 @@ def meet(rank, ranks, folder: Path, name: str, timeout=TIMEOUT):
     (folder / f"{name}{rank}").touch()
     wait_for([folder / f"{name}{other}" for other in ranks], 60)  # an old store must be gone before anyone looks for it
     address = f"tcp://127.0.0.1:{(folder / 'port').read_text()}"
-    dist.init_process_group("gloo", address, timedelta(seconds=timeout), rank=ranks.index(rank), world_size=len(ranks))
+    limit = timedelta(seconds=timeout)
+    for attempt in range(21):
+        try:
+            dist.init_process_group("gloo", address, limit, rank=ranks.index(rank), world_size=len(ranks))
+            return
+        except dist.DistNetworkError as error:  # the socket of a killed rank may still be there
+            if "EADDRINUSE" not in str(error) or attempt == 20:
+                raise
+            time.sleep(0.5)
 
 
 def begin(rank, folder, x):

@@ -30,7 +30,7 @@ def test_a_leak_is_found(tmp_path, monkeypatch):
     kept, end = [], passes.Pass.end
 
     def leak(self):
-        kept.append(torch.ones(1 << 18))  # 1 MiB per pass
+        kept.append(torch.ones(1 << 22))  # 16 MiB per pass
         end(self)
 
     monkeypatch.setattr(passes.Pass, "end", leak)
