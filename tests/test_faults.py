@@ -5,6 +5,7 @@ each time. Afterwards those who live tear torch.distributed down and meet again,
 address, and must compute what one device does.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -107,6 +108,15 @@ def plant(direction: str, call: int, fault: str):
     setattr(ReferenceKernel, direction, faulty)
 
 
+def end(pid):
+    """Kill a process and see it dead: it may have the store's port."""
+    os.kill(pid, signal.SIGKILL)
+    status = Path(f"/proc/{pid}/status")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while "State:\tZ" not in status.read_text():
+            time.sleep(0.01)
+
+
 def shards(rank, x, layout):
     layout = seqpar_attn.get_layout(layout, dist.get_world_size())
     return [layout.shard(t, rank).requires_grad_() for t in (x.q, x.k, x.v)]
@@ -141,7 +151,7 @@ def kernel_fault(rank, world_size, folder: Path, odd: int, fault: str, direction
         (folder / f"raised{rank}").touch()
         wait_for([folder / f"raised{other}" for other in alive], IN_TIME)
         if rank == alive[0]:
-            os.kill(int((folder / f"pid{odd}").read_text()), signal.SIGKILL)
+            end(int((folder / f"pid{odd}").read_text()))
     return outcome, begin_again(rank, alive, folder, again)
 
 
@@ -186,7 +196,7 @@ def store_stops(rank, world_size, folder: Path, x):
     (folder / f"raised{rank}").touch()
     wait_for([folder / f"raised{other}" for other in range(1, RANKS)], IN_TIME)
     if rank == 1:
-        os.kill(int((folder / "pid0").read_text()), signal.SIGKILL)
+        end(int((folder / "pid0").read_text()))
     return outcome
 
 
