@@ -56,6 +56,7 @@ class OneRank:
     """
 
     name = "one rank (simulated transfers)"
+    arena = None
 
     def __init__(self, world_size: int, rank: int, transfers: str):
         self.world_size, self.local_ranks = world_size, (rank,)

@@ -115,6 +115,7 @@ class _Nothing:
     """OneRank where there is no GPU: nothing moves."""
 
     name = "one rank (nothing moves)"
+    arena = None
 
     def __init__(self, world_size: int, rank: int):
         self.world_size, self.local_ranks = world_size, (rank,)

@@ -43,6 +43,7 @@ class _Still:
     """A communicator that moves nothing: what is left is a rank's computation, on what the buffers hold."""
 
     name = "nothing moves"
+    arena = None
 
     def __init__(self, like: Any):
         self.world_size, self.local_ranks = like.world_size, like.local_ranks

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +13,10 @@ import common  # noqa: F401  (first: finds the checkout)
 import torch
 
 import seqpar_attn
-from seqpar_attn import plan
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
 from seqpar_attn.testing.errors import assert_error_rule, chance, error_report
+from seqpar_attn.testing.steps import keys_per_step
 from seqpar_attn.testing.truth import attention64
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -106,15 +104,6 @@ def _draw(options: Options, ranks: int, chance_of: random.Random) -> Problem:
     owners, batch = pick([1, 2, ranks]), pick([1, 1, 2])
     shape = (batch, seqlen, nheads, nheads_kv, headdim)
     return Problem(method, layout, owners, mask, pick(dtypes), *shape, arguments, transfer)
-
-
-@contextlib.contextmanager
-def keys_per_step(tokens: int) -> Iterator[None]:
-    usual, plan.KEYS_PER_STEP = plan.KEYS_PER_STEP, tokens
-    try:
-        yield
-    finally:
-        plan.KEYS_PER_STEP = usual
 
 
 def whole(problem: Problem, options: Options, call: int) -> list[torch.Tensor]:

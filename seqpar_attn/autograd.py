@@ -37,8 +37,8 @@ def describe(
     q: torch.Tensor, k: torch.Tensor, call: Call, kernel: Kernel | None, direction: str = "forward"
 ) -> dict[str, object]:
     """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
-    own = {"direction": direction, "q shape": tuple(q.shape), "k shape": tuple(k.shape), "dtype": q.dtype}
-    own["device"] = q.device.type
+    shapes = {"q shape": tuple(q.shape), "k shape": tuple(k.shape)}
+    own = {"direction": direction, **shapes, "dtype": q.dtype, "device": q.device.type}
     chosen = kernel and f"{kernel.name} ({type(kernel).__name__})"  # a backend may have several kernels
     return own | vars(call) | {"chosen backend": chosen}
 

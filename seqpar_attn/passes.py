@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from .comm import Arena, CommunicationError, Communicator, Message, arena_of
+from .comm import Arena, CommunicationError, Communicator, Message
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
@@ -367,7 +367,7 @@ def forward_pass(
         batch, seqlen, nheads, _ = q.shape
         lse = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(q.dtype), device=q.device)
         return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-    arena = arena_of(comm)
+    arena = comm.arena
     program = plan.program(False, comm.local_ranks, arena is not None)
     shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
     try:
@@ -399,7 +399,7 @@ def backward_pass(
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
-    arena = arena_of(comm)
+    arena = comm.arena
     program = plan.program(True, comm.local_ranks, arena is not None)
     shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
     try:

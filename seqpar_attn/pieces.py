@@ -96,8 +96,8 @@ class Pieces:
             number = len(self._shapes)
             cut = self._allocate
             if reserve is not None:
-                sizes = [self._sizes(key[1], count) for key, count in program.slots.items()]
-                cut = _Cutter(reserve(sum(_aligned(size) for row in sizes for size in row)))
+                needed = [x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)]
+                cut = _Cutter(reserve(sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in needed)))
             for key, count in program.slots.items():
                 self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
@@ -114,28 +114,21 @@ class Pieces:
         self._memory.append((storage.resize_, storage.nbytes()))
         return x.unbind()
 
-    def _slot_shapes(self, kind: Kind) -> list[Shape]:
-        """Of a shard of each field that travels."""
+    def _slot_shapes(self, kind: Kind, count: int) -> list[Shape]:
+        """``[count, ...]`` shards per field that travels, or ``[count, fields, ...]`` if all are alike."""
         shapes: list[Shape] = []
         for number, dim in self.travels[kind]:
             shape, dtype = self._shapes[number]
             shapes.append(([*shape[:dim], self.program.shard, *shape[dim + 1 :]], dtype))
-        return shapes
-
-    def _sizes(self, kind: Kind, count: int) -> list[int]:
-        """Bytes of the tensors that :meth:`_make_slots` makes."""
-        sizes = [count * math.prod(shape) * dtype.itemsize for shape, dtype in self._slot_shapes(kind)]
-        shapes = self._slot_shapes(kind)
-        return [sum(sizes)] if shapes == len(shapes) * shapes[:1] else sizes
+        (shape, dtype), fields = shapes[0], len(shapes)
+        if fields > 1 and shapes == fields * shapes[:1]:
+            return [([count, fields, *shape], dtype)]
+        return [([count, *shape], dtype) for shape, dtype in shapes]
 
     def _make_slots(self, kind: Kind, count: int, allocate: Callable[..., Tensors]) -> Tensors:
         """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
-        shapes = self._slot_shapes(kind)
-        (shape, dtype), fields = shapes[0], len(shapes)
-        if shapes == fields * shapes[:1]:
-            (together,) = allocate(1, [count, fields, *shape], dtype)
-            return together.unbind(1)
-        return [x for shape, dtype in shapes for x in allocate(1, [count, *shape], dtype)]
+        made = [x for shape, dtype in self._slot_shapes(kind, count) for x in allocate(1, shape, dtype)]
+        return made if len(made) == len(self.travels[kind]) else made[0].unbind(1)
 
     def _make_own_view(self, index: int) -> None:
         """Of slots, with their number as first dimension if there are several, or of the scratch."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 
 import seqpar_attn
-from seqpar_attn import plan
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
 from seqpar_attn.testing.errors import assert_error_rule, chance
+from seqpar_attn.testing.steps import keys_per_step
 from seqpar_attn.testing.truth import attention64
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -110,15 +108,6 @@ def run(x: Inputs, method: Method, world_size: int, rank: int | None = None, **m
     """Results of the whole sequence on virtual ranks (``rank`` None), or of this process's shard in a real group."""
     with keys_per_step((method.owners or 1 << 20) * max(1, x.q.shape[1] // world_size)):
         return _run(x, method, world_size, rank, **more)
-
-
-@contextlib.contextmanager
-def keys_per_step(tokens: int) -> Iterator[None]:
-    usual, plan.KEYS_PER_STEP = plan.KEYS_PER_STEP, tokens
-    try:
-        yield
-    finally:
-        plan.KEYS_PER_STEP = usual
 
 
 def _run(x: Inputs, method: Method, world_size: int, rank: int | None, **more) -> dict[str, torch.Tensor]:

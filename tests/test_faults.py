@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import Method, check_exact, keys_per_step, make_inputs, run, truth, unshard
+from attention_cases import Method, check_exact, make_inputs, run, truth, unshard
 
 import seqpar_attn
 from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.testing.distributed import RankPool
+from seqpar_attn.testing.steps import keys_per_step
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="stops processes and listens to the loopback device"),

@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 import torch
-from attention_cases import METHODS, keys_per_step
+from attention_cases import METHODS
 from test_tape import Recorded, _passes
 
 from seqpar_attn import passes
@@ -15,6 +15,7 @@ from seqpar_attn import plan as plans
 from seqpar_attn.comm.loopback import Loopback
 from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.mask import Mask
+from seqpar_attn.testing.steps import keys_per_step
 from seqpar_attn.validation import Call
 
 CALL = Call("ring", "pull", "zigzag", True, None, None, None, 0.25, "auto", False)

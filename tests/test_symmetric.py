@@ -1,4 +1,4 @@
-"""The transport that writes into peers' memory: its protocol over shared memory on CPUs, and over several GPUs."""
+"""The transport that writes into peers' memory: its protocol, over memory that processes on CPUs share."""
 
 import time
 
@@ -9,7 +9,6 @@ from attention_cases import METHODS, check_exact, make_inputs, run, truth, unsha
 
 import seqpar_attn
 from seqpar_attn.comm import communicator, set_transport
-from seqpar_attn.comm.gpu_memory import rows_of
 from seqpar_attn.testing.distributed import RankPool
 
 CASES = [("causal", 2), ("full", 2), ("window", 1), ("packed", 2), ("packed-full", 4), ("softcap", 4)]
@@ -79,12 +78,3 @@ def test_unknown_or_different_transports_are_refused(pool):
     assert set(pool.run(refused, "p2p")) == {"expected one of p2p, symmetric on every rank, got p2p, symmetric"}
     with pytest.raises(ValueError, match="virtual ranks"):
         set_transport(seqpar_attn.LoopbackGroup(2), "symmetric")
-
-
-def test_rows():
-    x = torch.zeros(2, 8, 4, 16)
-    assert rows_of(x) == (1, 1024, 1024)
-    assert rows_of(x.narrow(1, 2, 3)) == (2, 192, 512)
-    assert rows_of(x[:1].narrow(1, 2, 3)) == (1, 192, 192)
-    assert rows_of(x.narrow(2, 1, 2)) == (16, 32, 64)
-    assert rows_of(x.transpose(1, 2)) is None

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import METHODS, keys_per_step
+from attention_cases import METHODS
 
 from seqpar_attn import autograd
 from seqpar_attn.comm.loopback import Loopback
@@ -14,6 +14,7 @@ from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.kernels.tape import Tape, recording
 from seqpar_attn.mask import Mask
 from seqpar_attn.plan import make_plan
+from seqpar_attn.testing.steps import keys_per_step
 from seqpar_attn.validation import Call
 
 

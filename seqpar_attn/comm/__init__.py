@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .base import CommunicationError, Communicator, Message, agree
-from .gpu_memory import GpuMemory
+from .base import Arena, CommunicationError, Communicator, Message, agree
 from .loopback import Loopback, LoopbackGroup
 from .p2p import P2P
 from .shared_memory import SharedMemory
-from .symmetric import Arena, Symmetric, arena_of
+from .symmetric import Symmetric
 
 Group = dist.ProcessGroup | DeviceMesh | LoopbackGroup | None
 
@@ -29,9 +28,7 @@ __all__ = [
     "Loopback",
     "LoopbackGroup",
     "Message",
-    "Symmetric",
     "agree",
-    "arena_of",
     "communicator",
     "group_name",
     "set_transport",
@@ -84,8 +81,8 @@ def set_transport(group: Group, transport: str) -> None:
     """How attention's transfers in ``group`` go from here on; every rank of it calls this, with the same name.
 
     "p2p": batched sends and receives of torch.distributed (NCCL, gloo). "symmetric": written straight into the peers'
-    memory, on GPUs by copy engines and so without multiprocessors; the ranks must be on one host. ValueError on every
-    rank for another name, virtual ranks, or several hosts.
+    memory, so far for CPU tensors; the ranks must be on one host. ValueError on every rank for another name, virtual
+    ranks, several hosts, or a group for GPUs only.
     """
     name = group_name(group)
     if name.startswith("loopback:"):
@@ -96,6 +93,9 @@ def set_transport(group: Group, transport: str) -> None:
     names, hosts = ({x[i] for x in found if x is not None} for i in range(2))
     if len(names) > 1 or transport not in TRANSPORTS:
         raise ValueError(f"expected one of {', '.join(TRANSPORTS)} on every rank, got {', '.join(sorted(names))}")
+    devices = {x.type for x in ranks._device_types}
+    if transport == "symmetric" and "cpu" not in devices:
+        raise ValueError(f"expected a group for CPU tensors for transport 'symmetric', got one for {sorted(devices)}")
     if transport == "symmetric" and len(hosts) > 1:
         raise ValueError(f"expected all ranks on one host for transport 'symmetric', got {len(hosts)} hosts: use 'p2p'")
     _chosen[ranks] = transport
@@ -118,10 +118,6 @@ def communicator(name: str, device: torch.device) -> Communicator:
         for key in [key for key, other in _known.items() if not _alive(other.group)]:
             _known.pop(key, None)
         base = P2P(group, device)
-        if _chosen.get(group) == "symmetric":
-            fabric = SharedMemory(group, base.timeout) if device.type == "cpu" else GpuMemory(group, device)
-            known = Symmetric(base, fabric)
-        else:
-            known = base
-        _known[name, device] = known
+        pushes = _chosen.get(group) == "symmetric" and device.type == "cpu"
+        known = _known[name, device] = Symmetric(base, SharedMemory(group, base.timeout)) if pushes else base
     return known

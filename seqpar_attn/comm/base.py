@@ -18,11 +18,28 @@ class Handle(Protocol):
         ...
 
 
+class Arena(Protocol):
+    """Memory that slots for what travels must lie in, at the same places on every rank."""
+
+    generation: int
+    """Changes when what was reserved before may no longer be used."""
+
+    def reserve(self, size: int) -> torch.Tensor:
+        """``size`` bytes, always the same ones: passes follow each other, so they share them. All ranks make the same
+        calls."""
+        ...
+
+
 class Communicator(Protocol):
     """All ranks of a group, seen from one process.
 
-    ``local_ranks`` are the ranks this process computes for: one of them, or all with ``loopback``.
+    ``local_ranks`` are the ranks this process computes for: one of them, or all with ``loopback``. One with an
+    ``arena`` writes into its peers' slots: ``exchange`` then also takes ``targets``, the place in the own arena that
+    each message has in its receiver's.
     """
+
+    @property
+    def arena(self) -> Arena | None: ...
 
     name: str
     world_size: int

@@ -46,6 +46,7 @@ class Loopback:
     """Copies between virtual ranks, on a side stream for CUDA tensors so that they overlap as real transfers do."""
 
     name = "loopback"
+    arena = None
 
     def __init__(self, world_size: int):
         self.world_size = world_size

@@ -53,6 +53,7 @@ class P2P:
     """A process group's ranks, one of them here."""
 
     name = "p2p"
+    arena = None
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         # Nothing here may keep a group or its store alive: who destroys a group to make it again needs its sockets and

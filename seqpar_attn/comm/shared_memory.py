@@ -6,6 +6,7 @@ It plays the protocol of :mod:`.symmetric` without GPUs; copies happen when the 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 import weakref
@@ -37,6 +38,7 @@ class SharedMemory:
         dist.broadcast_object_list(folder, group=group, group_src=0)
         assert folder[0] is not None
         self._folder = Path(folder[0])
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # there may be none left to empty
         self._arenas: list[torch.Tensor] = []
         self._count = 0
         self._queue: list[Callable[[], None]] = []

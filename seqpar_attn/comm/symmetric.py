@@ -1,13 +1,14 @@
-"""Transfers that the sender's copy engine writes straight into the receiver's slots.
+"""Transfers that the sender writes straight into the receiver's slots.
 
 Every rank's slots lie in an arena that its peers have mapped, at the same places on every rank. A receiver says "ready"
 in the sender's flags when nothing uses the slots any more, the sender then copies and says "arrived" in the receiver's.
-Both are counters of exchanges between the two ranks, written and waited for by streams, so that neither the host nor a
-multiprocessor takes part, and a persistent kernel of attention cannot keep a transfer waiting.
+Both are counters of exchanges between the two ranks. Where copies and flags are a stream's business, as copy engines
+and stream memory operations would make them, neither the host nor a multiprocessor takes part, and a persistent kernel
+of attention cannot keep a transfer waiting (docs/communication.md; a fabric of GPUs is not there yet).
 
 No exchange can wait for ever on a rank that is at an earlier step: a rank says "ready" for a step before it waits for
-anything in it, and what it waits for in earlier steps its peers have posted by then. A peer that is gone is another
-matter; see :class:`Fabric`.
+anything in it, and what it waits for in earlier steps its peers have posted by then. A peer that is gone is the
+fabric's to notice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from .base import Communicator, Handle, Message
+from .base import Handle, Message
 from .p2p import P2P
 
 
@@ -49,7 +50,8 @@ class Fabric(Protocol):
         ...
 
     def await_own(self, flag: int, value: int, peer: int) -> None:
-        """Queue: go on when the own flag is at least ``value``, which ``peer`` will set."""
+        """Queue: go on when the own flag is at least ``value``, which ``peer`` will set. CommunicationError if it does
+        not within the group's timeout."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -61,28 +63,20 @@ class Fabric(Protocol):
         ...
 
 
-class Arena:
-    """The memory for slots of one communicator. It grows as needed, and only then do the ranks talk."""
+class GrowingArena:
+    """A fabric's memory. It grows as needed, on all ranks together, and only then do they talk."""
 
     def __init__(self, fabric: Fabric):
         self.fabric = fabric
         self.generation = 0
-        """Changes when what was reserved before may no longer be used."""
         self._memory: torch.Tensor | None = None
 
     def reserve(self, size: int) -> torch.Tensor:
-        """``size`` bytes, always the same ones: passes follow each other, so they can share them. Ranks make the same
-        calls, so all grow together."""
         if self._memory is None or self._memory.numel() < size:
             self._memory = None
             self._memory = self.fabric.allocate(max(size, 1))
             self.generation += 1
         return self._memory[:size]
-
-
-def arena_of(comm: Communicator) -> Arena | None:
-    """Where slots have to lie for ``comm``; None: anywhere."""
-    return getattr(comm, "arena", None)
 
 
 class Symmetric:
@@ -95,7 +89,7 @@ class Symmetric:
         self.world_size = base.world_size
         self.local_ranks: tuple[int, ...] = base.local_ranks
         self.rank = base.local_ranks[0]
-        self.arena = Arena(fabric)
+        self.arena = GrowingArena(fabric)
         self._sent: dict[int, int] = defaultdict(int)
         self._expected: dict[int, int] = defaultdict(int)
         """Exchanges with a peer so far in which it gets something, or sends something."""
