@@ -1,5 +1,6 @@
 """A candidate for cross-entropy's rows: they stay in registers between statistics and gradient, so that memory is read
-once. It compiles without spills; it has not run on a GPU yet, so the package does not use it (see tune_loss.py).
+once. On an H100 tune_loss.py found it faster than the package's in parts of 1024 lanes and 8 warps; the package does
+not use it yet.
 
 A row is cut into parts of one program each. Every program reduces its part, publishes what it found, waits until the
 row's other parts have been published, and writes its part of the gradient from what it still holds. Who waits for whom
