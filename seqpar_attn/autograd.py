@@ -15,6 +15,7 @@ from .comm import Communicator, communicator
 from .kernels.base import Kernel, accumulator_dtype
 from .layout import get_layout
 from .mask import Mask
+from .operator import below_autograd, define
 from .passes import backward_pass, forward_pass
 from .plan import Plan, make_plan
 from .validation import Call, check_call, check_tensors
@@ -43,8 +44,7 @@ def describe(
     return own | vars(call) | {"chosen backend": chosen}
 
 
-@torch.library.custom_op("seqpar_attn::attention", mutates_args=())
-def attention_op(
+def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -81,16 +81,14 @@ def attention_op(
     return results
 
 
-@attention_op.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     check_tensors(q, k, v)
     batch, seqlen, nheads, _ = q.shape
     lse = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(q.dtype), device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("seqpar_attn::attention_backward", mutates_args=())
-def attention_backward_op(
+def _attention_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -110,7 +108,7 @@ def attention_backward_op(
     backend: str,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`attention_op`."""
+    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`_attention`."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens)
     call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
     comm = communicator(group, q.device)
@@ -122,27 +120,32 @@ def attention_backward_op(
     return backward_pass(dout, dlse, q, k, v, out, lse, plan, comm, kernel, call)
 
 
-@attention_backward_op.register_fake
-def _(
+def _fake_backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.rest = rest
-    ctx.set_materialize_grads(False)
+attention_backward_op = define("attention_backward", _attention_backward, _fake_backward)
 
 
-def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = attention_backward_op(dout, dlse, q, k, v, out, lse, *ctx.rest)
-    return (*gradients, *([None] * len(ctx.rest)))
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        out, lse = below_autograd(attention_op, q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        gradients = attention_backward_op(dout, dlse, q, k, v, out, lse, *ctx.rest)
+        return (*gradients, *([None] * len(ctx.rest)))
 
 
-attention_op.register_autograd(_backward, setup_context=_setup_context)
+attention_op = define("attention", _attention, _fake, _Attention)

@@ -20,6 +20,7 @@ from .heads import key_copies, to_heads, to_tokens
 from .kernels.base import Kernel, accumulator_dtype
 from .layout import Contiguous, Layout, get_layout
 from .mask import Mask
+from .operator import below_autograd, define
 from .passes import backward_pass, forward_pass
 from .plan import Plan, make_plan
 from .validation import Call, check_call, check_tensors
@@ -89,8 +90,7 @@ def _as_lse(x: torch.Tensor) -> torch.Tensor:
 Exchanged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@torch.library.custom_op("seqpar_attn::ulysses", mutates_args=())
-def ulysses_op(
+def _ulysses(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -141,8 +141,7 @@ def _sizes(group: str, ring: str, device: torch.device) -> tuple[int, int]:
     return comm.world_size, len(comm.local_ranks)
 
 
-@ulysses_op.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, ring: str, *args: Any) -> Exchanged:
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, ring: str, *args: Any) -> Exchanged:
     check_tensors(q, k, v)
     size, local = _sizes(group, ring, q.device)
     batch, tokens, nheads, headdim = q.shape
@@ -160,8 +159,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, ring: str, 
     )
 
 
-@torch.library.custom_op("seqpar_attn::ulysses_backward", mutates_args=())
-def ulysses_backward_op(
+def _ulysses_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -202,8 +200,7 @@ def ulysses_backward_op(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@ulysses_backward_op.register_fake
-def _(
+def _fake_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -219,19 +216,26 @@ def _(
     return q.new_empty(dout.shape), k.new_empty(keys), v.new_empty(keys)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Exchanged) -> None:
-    _, k, _, *rest = inputs
-    ctx.save_for_backward(*output[2:])
-    ctx.shape, ctx.nheads_kv, ctx.rest = output[0].shape, k.shape[2], rest
-    ctx.set_materialize_grads(False)
+ulysses_backward_op = define("ulysses_backward", _ulysses_backward, _fake_backward)
 
 
-def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = q.new_zeros(ctx.shape)
-    gradients = ulysses_backward_op(dout, dlse, q, k, v, out, lse, ctx.nheads_kv, *ctx.rest)
-    return (*gradients, *([None] * len(ctx.rest)))
+class _Ulysses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        results = below_autograd(ulysses_op, q, k, v, *rest)
+        ctx.save_for_backward(*results[2:])
+        ctx.mark_non_differentiable(*results[2:])
+        ctx.shape, ctx.nheads_kv, ctx.rest = q.shape, k.shape[2], rest
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = q.new_zeros(ctx.shape)
+        gradients = ulysses_backward_op(dout, dlse, q, k, v, out, lse, ctx.nheads_kv, *ctx.rest)
+        return (*gradients, *([None] * len(ctx.rest)))
 
 
-ulysses_op.register_autograd(_backward, setup_context=_setup_context)
+ulysses_op = define("ulysses", _ulysses, _fake, _Ulysses)

@@ -1,0 +1,47 @@
+"""Operators of torch's dispatcher, with less Python around each call than ``torch.library.custom_op`` has.
+
+That one fills in defaults, looks for results that are their own inputs and chooses among devices in every call: at short
+sequences more time of the host than this package takes for all steps of a pass together. What is defined here sees the
+same dispatcher, so that torch.compile traces it and selective checkpointing saves its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("seqpar_attn", "DEF")
+
+
+def define(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: type[torch.autograd.Function] | None = None,
+) -> Callable[..., Any]:
+    """``seqpar_attn::name``, the same on every device; no argument has a default, none is changed or returned.
+
+    ``fake`` makes results without values. ``differentiable`` is applied where a gradient is asked for; its ``forward``
+    calls the operator through :func:`below_autograd`. Without it there is no gradient.
+    """
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    # Dynamo would look into what a compiled graph calls, too.
+    _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"seqpar_attn::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.seqpar_attn, name).default
+    if differentiable is not None:
+
+        def with_gradient(*arguments: Any) -> Any:
+            if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, torch.Tensor)):
+                return differentiable.apply(*arguments)
+            return below_autograd(operator, *arguments)
+
+        _library.impl(name, with_gradient, "Autograd")
+    return operator
+
+
+def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
