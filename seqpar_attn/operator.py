@@ -1,8 +1,8 @@
 """Operators of torch's dispatcher, with less Python around each call than ``torch.library.custom_op`` has.
 
-That one fills in defaults, looks for results that are their own inputs and chooses among devices in every call: at short
-sequences more time of the host than this package takes for all steps of a pass together. What is defined here sees the
-same dispatcher, so that torch.compile traces it and selective checkpointing saves its results.
+That one fills in defaults, looks for results that are their own inputs and chooses among devices in every call, which
+took half of a short call's host time. What is defined here sees the same dispatcher, so that torch.compile traces it
+and selective checkpointing saves its results.
 """
 
 from __future__ import annotations
