@@ -56,6 +56,14 @@ class Pass:
             )
             for number, moment in enumerate(program.moments)
         ]
+        self._last_query_work = max(
+            (
+                number
+                for number, moment in enumerate(program.moments)
+                if moment.computes or any(add.kind is not Kind.DKV for add in moment.adds)
+            ),
+            default=len(program.moments) - 1,
+        )
         used = {view for moment in program.moments for row in (*moment.sends, *moment.receives) for _, view in row}
         self._posted = sorted(used & foreign)
 
@@ -95,6 +103,8 @@ class Pass:
                         *rest,
                     )
                 self.launch(number, self._work, moment)
+                if number == self._last_query_work:
+                    self.queries_done()
                 if handle is not None:
                     handle.wait()
         except CommunicationError as error:
@@ -153,6 +163,9 @@ class Pass:
         if tape is not None:
             tape.hold(mask.key_lo, mask.key_hi, mask.query_lo, mask.query_hi)
         return mask
+
+    def queries_done(self) -> None:
+        """Launch what is left to do for the own queries; what is in flight for the keys hides it."""
 
     def add(self, add: Add) -> None:
         raise NotImplementedError
@@ -250,7 +263,6 @@ class Backward(Pass):
             if dlse is not None:
                 delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
             self.run(comm)
-            self.launch("finish", self._finish)
             if self._round:
                 dk, dv = dk.to(given[1].dtype), dv.to(given[2].dtype)
             self.end()
@@ -267,6 +279,9 @@ class Backward(Pass):
     def _delta(self) -> None:
         out, dout, delta = self._whole(5, 3, 10)
         self.kernel.delta(out, dout, into=delta)
+
+    def queries_done(self) -> None:
+        self.launch("finish", self._finish)
 
     def _finish(self) -> None:
         dq, grad = self._whole(9, 6)
