@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import Contender, clocks, describe, interleaved, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
 from contenders import SETS, Data, Entry, Shape, make_data, own, peer
+from files import write
 
 from seqpar_attn import kernels
 

@@ -1,11 +1,10 @@
-"""What the benchmarks share: who measured, interleaved timing, and the files that come out."""
+"""What the benchmarks share: who measured, interleaved timing, tables."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -151,10 +150,3 @@ def describe(header: dict[str, Any]) -> str:
         f"{header['gpu'] or 'no GPU'} (driver {header['driver']}{sm}), torch {header['torch']}, "
         f"triton {header['triton']}, cuDNN {header['cudnn']}, commit {header['commit'][:12]}{dirty}, {header['date']}"
     )
-
-
-def write(out: Path, name: str, payload: dict[str, Any], text: str) -> None:
-    """``NAME.json`` and ``NAME.md`` in ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
-    (out / f"{name}.md").write_text(text + "\n")

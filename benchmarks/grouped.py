@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import Contender, clocks, describe, interleaved, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
 from contenders import Data, Entry, Shape, make_data, own
+from files import write
 
 from seqpar_attn import kernels
 from seqpar_attn.kernels.base import Kernel, interval_mask

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import Contender, clocks, describe, interleaved, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
 import torch.nn.functional as F
+from files import write
 
 import seqpar_attn
 

@@ -17,10 +17,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
+from files import write
 from one_rank_model import MODELS, Parts, begin, build, flops_per_token, stand_in
 
 from seqpar_attn import get_layout, memory
@@ -219,8 +220,8 @@ def main() -> None:
     for context in [] if arguments.find_max else arguments.contexts:
         payload["rows"].append(bench.row(tokens_of(context)))
         payload["machine"]["clocks_after"] = clocks()
-        write(arguments.out, name, payload, render(payload))
-    write(arguments.out, name, payload, render(payload))
+        write(arguments.out, "memory", payload, render(payload), name)
+    write(arguments.out, "memory", payload, render(payload), name)
     print(render(payload), flush=True)
 
 

@@ -19,10 +19,11 @@ import random
 import statistics
 from pathlib import Path
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
+from files import write
 from one_rank import Share, bytes_per_token
 
 from seqpar_attn.schedule import Rates, simulate_schedule

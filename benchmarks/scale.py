@@ -10,16 +10,16 @@ fits there is no number.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from files import ROOT, write
+
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from seqpar_attn.planner import (  # noqa: E402
+from seqpar_attn.planner import (
     LINKS,
     Gpu,
     Model,
@@ -31,7 +31,7 @@ from seqpar_attn.planner import (  # noqa: E402
     policies,
     read_calibration,
 )
-from seqpar_attn.planner.report import amount, parse_amount  # noqa: E402
+from seqpar_attn.planner.report import amount, parse_amount
 
 METHODS = {"ring": "single ring", "double_ring": "double ring", "usp": "USP", "ulysses": "Ulysses"}
 
@@ -131,9 +131,7 @@ def main() -> None:
     head = f"{model.name} on {gpu.name}, nvlink4 in nodes of 8, {arguments.between} between them"
     name = f"{model.name}-{arguments.between}"
     payload = {"predicted": True, "setting": head, "sources": gpu.sources, "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(render(rows, head) + "\n")
+    write(arguments.out, "scale", payload, render(rows, head), name)
     if arguments.plot:
         plot(rows, arguments.plot, head)
     print(render(rows, head))

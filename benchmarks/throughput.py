@@ -26,10 +26,11 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import many
+from files import known, stamp, write
 from one_rank_model import MODELS, flops_per_token, parameters_in_gemms
 
 GIB = 2**30
@@ -230,15 +231,6 @@ def attempt(
     return found
 
 
-def known(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run left, if it measured the same."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if all(found.get(key) == value for key, value in settings.items()):
-            return found
-    return {**settings, "rows": [], "out_of_memory": []}
-
-
 def main() -> None:
     parser = many.parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="llama-2-7b")
@@ -258,9 +250,13 @@ def main() -> None:
         rows = [Row(x.name, 64 if x.data_parallel else 32, x.data_parallel, x.theirs) for x in rows[:2]]
     else:
         room, host = 0.93 * many.gpu_bytes(), 0.8 * many.host_bytes()
-    settings = {"schema": 1, "gpus": gpus, "dry": a.dry_run, "model": a.model, "peak": a.peak}
+    settings = {**stamp("throughput"), "gpus": gpus, "dry": a.dry_run, "model": a.model, "peak": a.peak}
     name = many.name("throughput", gpus, a.dry_run)
-    payload = known(a.out / f"{name}.json", settings)
+    path = a.out / f"{name}.json"
+    try:
+        payload = known(path, "throughput", settings) or {**settings, "rows": [], "out_of_memory": []}
+    except ValueError as error:
+        parser.error(str(error))
     left = []
     for row in rows:
         if not a.force and any(x["row"] == row.name and "failed" not in x for x in payload["rows"]):
@@ -278,7 +274,7 @@ def main() -> None:
         payload["rows"].append(finish(row, ran[0], gpus, a, ran[1]) | {"machine": header})
         order = [x.name for x in ROWS]
         payload["rows"].sort(key=lambda x: order.index(x["row"]))
-        write(a.out, name, payload, render(payload))
+        write(a.out, "throughput", payload, render(payload), name)
         print(f"{row.name}: {ran[1].get('failed', 'done')}", flush=True)
     print(render(payload), flush=True)
     if left:

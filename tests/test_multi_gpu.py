@@ -46,9 +46,9 @@ def test_ranks(tmp_path):
         assert all("hidden" in x for x in length["rows"] if x["method"] == "zigzag")
     settings = {key: value for key, value in found.items() if key != "lengths"}
     path = tmp_path / "dry-ranks-2.json"
-    assert ranks.known(path, settings) == found  # another run would have nothing left to do
-    assert ranks.known(path, settings, [64])["lengths"] == []
-    assert ranks.known(path, settings | {"nheads": 8})["lengths"] == []
+    assert ranks.earlier(path, settings) == found  # another run would have nothing left to do
+    assert ranks.earlier(path, settings, [64])["lengths"] == []
+    assert ranks.earlier(path, settings | {"nheads": 8})["lengths"] == []
 
 
 def test_throughput(tmp_path):
