@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -132,6 +133,27 @@ def interleaved(
             with contenders[name].scope():
                 timings[name].milliseconds.append(_measure(contenders[name].call, calls[name], device))
     return timings
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that ``step`` takes above what is there before; None where nothing counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark on one GPU has."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=True, help="folder for the JSON and the table")
+    found.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer rounds")
+    found.add_argument("--commit", help="what is measured, where git cannot tell")
+    return found
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,9 @@
 
     python3 benchmarks/throughput.py --out benchmarks/results/throughput
     python3 benchmarks/throughput.py --out out/dry --dry-run --gpus 2
+    python3 benchmarks/throughput.py --out out/one --one-rank      # the default where there is one GPU
+
+With one GPU the table is that of one rank of 8: see throughput_one_rank.py.
 
 Every row is one torchrun (benchmarks/throughput_row.py). Their rows are of 8 GPUs: with N of them the tokens per GPU
 stay and the context is N / 8 of theirs, so tokens/s do not compare, and MFU does only as far as attention's share is
@@ -30,36 +33,15 @@ from common import clocks, describe, machine, markdown  # first: finds the check
 
 # isort: split
 import many
+import throughput_one_rank
+import torch
+from easy_context_rows import ROWS, THEIR_GPUS, THEIR_PEAK, Row
 from files import known, stamp, write
 from one_rank_model import MODELS, flops_per_token, parameters_in_gemms
 
 GIB = 2**30
-THEIR_GPUS, THEIR_PEAK = 8, 312.0
 START_S = 45.0
 """A generous guess of what a row takes before its first step."""
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    tokens: int
-    """Per GPU."""
-    data_parallel: bool = False
-    theirs: tuple[int, float] | None = None
-    """tokens/s and MFU of EasyContext on 8 A100 of 80 GB."""
-
-    def context(self, gpus: int) -> int:
-        return self.tokens if self.data_parallel else self.tokens * gpus
-
-
-ROWS = (
-    Row("64K-data-parallel", 64 << 10, True, (10240, 0.374)),
-    Row("64K", 8 << 10, False, (7816, 0.286)),
-    Row("128K", 16 << 10, False, (4266, 0.244)),
-    Row("512K", 64 << 10, False, (2133, 0.386)),
-    Row("700K", 700 << 7, False, (1603, 0.387)),
-    Row("1M", 128 << 10),
-)
 
 
 @dataclass(frozen=True)
@@ -239,11 +221,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed ones, after a first; 1 where time is short")
     parser.add_argument("--tile-mlp", type=int, default=16384)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU; H100 and H200: 989")
+    parser.add_argument("--one-rank", action="store_true", help="one rank of 8 on one GPU, as where there is only one")
+    parser.add_argument("--predict", action="store_true", help="likewise, with nothing measured: needs no GPU")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds from now; no row may run then")
     a = parser.parse_args()
     deadline = time.monotonic() + a.deadline
-    gpus = many.count(parser, a)
     rows = [x for x in ROWS if not a.rows or x.name in a.rows]
+    if a.one_rank or a.predict or (a.gpus is None and not a.dry_run and torch.cuda.device_count() == 1):
+        sys.exit(throughput_one_rank.run(a, rows, parser.error))
+    gpus = many.count(parser, a)
     room = host = float("inf")
     if a.dry_run:
         a.model, a.steps, a.tile_mlp = "tiny", 1, 16
