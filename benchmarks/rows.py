@@ -183,11 +183,11 @@ def _calibrate(payload: dict[str, Any]) -> Rows:
     for headdim, curves in payload["attention"].items():
         for direction, points in curves.items():
             for size, rate in points:
-                low, high = payload["spread"].get(f"attention {headdim} {direction} {size:g}", (None, None))
+                low, high = payload["spread"].get(f"attention {headdim} {direction} {size:.0f}", (None, None))
                 case = f"{payload['name']}, {size:g} tokens, {direction}, head dimension {headdim}"
                 yield Row("calibrate", case, "ours", "speed", "TFLOP/s", "measured", rate, low, high)
     for words, rate in payload["head"]:
-        low, high = payload["spread"].get(f"head {words:g}", (None, None))
+        low, high = payload["spread"].get(f"head {words:.0f}", (None, None))
         case = f"{payload['name']}, loss of {words:g} words"
         yield Row("calibrate", case, "ours", "speed", "TFLOP/s", "measured", rate, low, high)
 

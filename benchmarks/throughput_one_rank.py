@@ -103,7 +103,8 @@ def checked(model: Model) -> list[dict[str, Any]]:
                 error = 1e3 * seconds / x["step_ms"] - 1
                 found.append({"what": f"one rank of 8, {x['context'] // 1024}K", "file": path.name, "error": error})
     for path in sorted((RESULTS / "throughput").glob("throughput-*.json")):
-        for x in read(path, "throughput")["rows"]:
+        payload = read(path, "throughput")
+        for x in payload["rows"] if payload["model"] == model.name else []:
             if x["data_parallel"] and "step_s" in x and x["layers"] == x["of_layers"]:
                 policy = Policy("ring", x["attention"], x["activations"], x["tile_mlp"])
                 seconds = sum(parts_of(model, gpu, policy, Row("", x["tokens_per_gpu"], True)).values())
