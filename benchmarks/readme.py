@@ -295,7 +295,7 @@ def scale() -> str:
         f"{name}: {title}" if n == 0 else title for name in names.values() for n, title in enumerate(methods.values())
     ]
     lines = []
-    for gpus in sorted({gpus for _, gpus, _ in found} - {16}):
+    for gpus in sorted({gpus for _, gpus, _ in found}):
         cells = [str(gpus), str((1 << 20) // gpus)]
         for model in names:
             for method in methods:
