@@ -155,9 +155,8 @@ def _ranks(payload: dict[str, Any]) -> Rows:
             case = f"{payload['gpus']} ranks, {length['tokens_per_gpu']} tokens per GPU, {x['direction']}"
             ms = x["slowest_ms"]
             spread = (ms["median"], ms["min"], ms["max"])
-            yield Row(
-                "ranks", case, x["method"], "slowest rank", "ms", "measured", *spread, {"zigzag": 1 / x["of_zigzag"]}
-            )
+            ratios = {} if x["method"] == "zigzag" else {"zigzag": 1 / x["of_zigzag"]}
+            yield Row("ranks", case, x["method"], "slowest rank", "ms", "measured", *spread, ratios)
             kind = "measured" if x["ideal"] == "measured" else "computed"
             yield Row("ranks", case, x["method"], "of ideal", "%", kind, 100 * x["of_ideal"])
 
@@ -206,7 +205,9 @@ def rows_of(payload: dict[str, Any]) -> list[Row]:
 def lines(path: Path, part: str) -> list[str]:
     """A file's rows as JSON lines; each says who measured, so that a line can be read by itself."""
     payload = read(path, part)
-    machine = payload.get("machine") or {}
+    # Parts that are resumed say who measured in every row or length.
+    each = [x["machine"] for x in payload.get("rows", payload.get("lengths", [])) if "machine" in x]
+    machine = payload.get("machine") or (each[-1] if each else {})
     head = {"schema": SCHEMAS[part].version, "file": path.name}
     head |= {key: machine.get(key) for key in ("gpu", "torch", "commit", "date")}
     return [json.dumps(asdict(row) | head) for row in rows_of(payload)]
