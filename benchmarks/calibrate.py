@@ -150,6 +150,7 @@ def measure(bench: Bench, headdims: list[int], peak: float) -> Gpu:
     backend = kernels.resolve("auto", bench.device, torch.bfloat16, headdims[0], frozenset({MaskKind.FULL})).name
     name = torch.cuda.get_device_name() if cuda else "cpu"
     measured = "DRY RUN: means nothing" if dry else f"measured: benchmarks/calibrate.py on {name}"
+    measured += ", quick: no call that lasts" if bench.quick else ""
     fields = ("memory_gib", "attention", "gemm_tflops", "copy_gbps", "host_gbps", "head", "launch_us")
     sources = dict.fromkeys(fields, measured)
     sources["attention"] += f", backend {backend}"

@@ -5,7 +5,8 @@
 Two questions. From the hidden states: time, peak memory above the inputs (and above inputs and gradients), and the
 error of loss and gradients against float64. From logits that are there: time, and the bytes of one read and one write
 of them per second, beside the rate of a copy of as many bytes in the same run. A time counts only as a ratio to a peer
-in the same run on the same GPU: contenders take turns. Inputs are larger than any cache, so they need not rotate. Errors are those of a smaller call with the same vocabulary.
+in the same run on the same GPU: contenders take turns. Inputs are larger than any cache, so they need not rotate.
+Errors are those of a smaller call with the same vocabulary.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import gc
 import random
 import statistics
 
-from common import clocks, describe, machine, markdown, parser  # first: finds the checkout
+from common import clocks, describe, machine, markdown, parser, peak_memory  # first: finds the checkout
 
 # isort: split
 import torch
@@ -67,6 +67,7 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
             "world_size": world_size,
             "rounds": rounds,
         }
+        row["peak_bytes"] = peak_memory(lambda share=ranks[world_size // 2]: share.run(pool, keep=False), pool.device)
         both: dict[str, float] = {}
         # Ranks differ by a launch or two, so those that attend only later ranks' keys, both, and only earlier ones'.
         hosts = [ranks[rank].host(pool, HOST_PASSES) for rank in (0, world_size // 2, world_size - 1)]

@@ -80,6 +80,10 @@ def _grouped(payload: dict[str, Any]) -> Rows:
 def _ring(payload: dict[str, Any]) -> Rows:
     heads = f"{payload['nheads']}:{payload['nheads_kv']} heads"
     for row in payload["rows"]:
+        if row.get("peak_bytes"):
+            case = f"W {row['world_size']}, {row['tokens_per_gpu']} tokens per GPU, {heads}, both"
+            who = f"{row['method']}, {row['backend']}"
+            yield Row("ring", case, who, "peak memory above inputs", "GiB", "measured", row["peak_bytes"] / GIB)
         for direction in ("forward", "backward", "both"):
             x = row[direction]
             case = f"W {row['world_size']}, {row['tokens_per_gpu']} tokens per GPU, {heads}, {direction}"

@@ -254,12 +254,12 @@ def run(a: argparse.Namespace, rows: list[Row], fail: Any) -> int:
     for row in rows:
         if not a.force and any(x["row"] == row.name and "mfu" in x["measured"] for x in payload["rows"]):
             continue
-        one: dict[str, Any] | None = {"failed": "not measured"}
+        one: dict[str, Any] = {"failed": "not measured"}
         if not a.predict and (cuda or a.dry_run):
-            one = attempt(model, gpu, row, a, deadline)
-            if one is None:
+            ran = attempt(model, gpu, row, a, deadline)
+            if ran is None:
                 left.append(row.name)
-                one = {"failed": "not started: no time was left"}
+            one = ran or {"failed": "not started: no time was left"}
         one |= {"gpu": gpu.name if of_device(a.gpu_name) else a.gpu_name or "no GPU"}
         found = {"row": row.name, "context": row.context(THEIR_GPUS), "tokens_per_gpu": row.tokens}
         found |= {"data_parallel": row.data_parallel, "theirs": row.theirs, "measured": one}

@@ -18,7 +18,7 @@ import rows  # noqa: E402
 import run  # noqa: E402
 import throughput_one_rank as one_rank  # noqa: E402
 
-from seqpar_attn.planner import GPUS, MODELS, calibration  # noqa: E402
+from seqpar_attn.planner import GPUS, MODELS, calibration, from_config  # noqa: E402
 from seqpar_attn.planner.hardware import of_device  # noqa: E402
 
 ATTENTION = files.RESULTS / "cuda" / "attention.json"
@@ -228,6 +228,16 @@ def test_one_rank_adds_what_other_gpus_make_it_wait(monkeypatch):
     assert found["mfu"] == pytest.approx(flops / (8 * 989e12))
     assert abs(found["model_error"]) < 0.1
     assert one_rank.attempt(model, gpu, row, a, time.monotonic() + 10) is None  # it would not end in time
+
+
+def test_one_rank_is_a_process_of_memory():
+    """Without times, which only a GPU has: memory.py knows the options, and what it writes is read."""
+    model = from_config({"model_type": "llama"} | one_rank.MODELS["tiny"], "tiny")
+    row = one_rank.Row("row", 64, data_parallel=True)
+    policy = one_rank.choices(model, GPUS["h100-80g"], row)[0]
+    a = argparse.Namespace(dry_run=True)
+    found = one_rank.measure(model, GPUS["h100-80g"], policy, row, a, 120.0)
+    assert found == {"failed": "no times in a rehearsal"}
 
 
 def test_data_parallel_ranks_attend_alone():

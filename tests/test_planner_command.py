@@ -71,6 +71,12 @@ def test_calibrate_writes_what_plans_read(tmp_path):
     found = read_calibration(path)
     assert "dry run" in found.name and list(found.attention) == [16]
     assert all(len(curve) == 2 for curve in (found.attention[16].forward, found.attention[16].backward, found.head))
+    assert "backend reference" in found.sources["attention"]
+    payload = json.loads(path.read_text())
+    assert payload["part"] == "calibrate" and path.with_suffix(".md").exists()
+    rates = {"gemm_tflops", "copy_gbps", "host_gbps", "head 100", "attention 16 backward 64"}
+    assert rates <= set(payload["spread"])
+    assert all(low <= high for low, high in payload["spread"].values())
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):
