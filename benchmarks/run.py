@@ -219,7 +219,7 @@ def prepare() -> str:
     try:
         kernel.prepare()
     except Exception as error:  # the other backends are measured all the same
-        return str(error).splitlines()[0]
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     return kernel.unavailable() or "ready"
 
 
