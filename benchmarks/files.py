@@ -16,12 +16,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Schema:
-    """``version`` grows when a field changes its meaning. ``fields``: what a payload must have; ``rows``: per list of
-    rows, what each of them must have."""
+    """``version`` grows when fields change. ``fields``: what a payload must have; ``rows``: per list of rows, what each
+    of them must have."""
 
     version: int
     fields: tuple[str, ...]
     rows: dict[str, tuple[str, ...]]
+    also: tuple[int, ...] = ()
+    """Older versions that can be read: they lack fields that no reader needs, and the others mean the same."""
 
 
 SCHEMAS = {
@@ -58,7 +60,7 @@ SCHEMAS = {
     "throughput": Schema(
         1, ("gpus", "dry", "model", "peak"), {"rows": ("row", "context", "layers", "of_layers", "theirs", "machine")}
     ),
-    "ranks": Schema(2, ("gpus", "dry", "backend"), {"lengths": ("tokens_per_gpu", "machine", "rows")}),
+    "ranks": Schema(3, ("gpus", "dry", "backend"), {"lengths": ("tokens_per_gpu", "machine", "rows")}, also=(2,)),
     "soak": Schema(
         1,
         ("machine", "ranks", "transport", "options"),
@@ -81,7 +83,7 @@ def check(payload: Any, part: str, where: str) -> dict[str, Any]:
     """``payload`` if it is a result of ``part`` with today's schema, else ValueError."""
     schema = SCHEMAS[part]
     found = (payload.get("part"), payload.get("schema")) if isinstance(payload, dict) else (None, None)
-    if found != (part, schema.version):
+    if found not in [(part, version) for version in (schema.version, *schema.also)]:
         raise ValueError(
             f"expected {where} to be a result of {part!r} with schema {schema.version}, got {found[0]!r} with schema "
             f"{found[1]!r}: measure again, or read it with the commit that wrote it"
@@ -109,7 +111,7 @@ def read(path: Path, part: str) -> dict[str, Any]:
 def write(out: Path, part: str, payload: dict[str, Any], text: str, name: str | None = None) -> None:
     """``NAME.json`` and ``NAME.md`` in ``out``; NAME is the part's unless said. Nothing is written that ``read`` would
     refuse."""
-    payload = check(stamp(part) | payload, part, "what is written")
+    payload = check(stamp(part) | payload | stamp(part), part, "what is written")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name or part}.json").write_text(json.dumps(payload, indent=1) + "\n")
     (out / f"{name or part}.md").write_text(text + "\n")

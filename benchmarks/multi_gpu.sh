@@ -51,7 +51,7 @@ options=(--out "$out" --gpus "$gpus" ${DRY:+--dry-run} ${FORCE:+--force})
 bounded() { timeout -k 15 "$limit" "$@"; }
 
 tests() {
-    local name="$out/${DRY:+dry-}tests-$gpus" what=(tests/test_attention_nccl_gpu.py tests/test_ulysses_gpu.py -m gpu)
+    local name="$out/${DRY:+dry-}tests-$gpus" what=(tests/test_attention_nccl_gpu.py tests/test_symmetric_gpu.py tests/test_ulysses_gpu.py -m gpu)
     if [ -e "$name.txt" ] && [ -z "$FORCE" ]; then echo "there already: $(tail -n 1 "$name.txt")"; return 0; fi
     # On a CPU those are skipped, after their modules were imported; gloo has a test of its own.
     [ -z "$DRY" ] || what=(tests/test_attention_nccl_gpu.py tests/test_ulysses_gpu.py tests/test_attention_gloo.py -k "gpu or mesh_dimension")
@@ -62,7 +62,13 @@ tests() {
 }
 ranks() { bounded "$python" benchmarks/ranks.py "${options[@]}" ${RANKS_ARGS:-}; }
 throughput() { bounded "$python" benchmarks/throughput.py "${options[@]}" --deadline $((limit - 20)) ${THROUGHPUT_ARGS:-}; }
-trace() { bounded "$python" benchmarks/trace_ranks.py "${options[@]}" ${TRACE_ARGS:-}; }
+trace() {
+    local transport status=0
+    for transport in p2p symmetric; do
+        bounded "$python" benchmarks/trace_ranks.py "${options[@]}" --transport $transport ${TRACE_ARGS:-} || status=$?
+    done
+    return $status
+}
 
 failed=()
 for part in "$@"; do

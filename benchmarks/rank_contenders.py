@@ -20,9 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import seqpar_attn
+from seqpar_attn.comm import set_transport
 
 Tensors = tuple[torch.Tensor, ...]
 REFERENCE = "zigzag"
+PUSHED = "copy engines"
+"""Of a method whose transfers are the symmetric transport's."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,13 @@ def ours(problem: Problem, ranks: int, device: torch.device) -> tuple[dict[str, 
     def of(function: Callable[..., torch.Tensor], layout: str, **options: Any) -> Contender:
         return Contender(layout, lambda q, k, v: function(q, k, v, backend=problem.backend, **options))
 
+    pushing = dist.new_group()
+    set_transport(pushing, "symmetric")
     found = {
         REFERENCE: of(seqpar_attn.ring_attention, "zigzag"),
+        f"{REFERENCE}, {PUSHED}": of(seqpar_attn.ring_attention, "zigzag", group=pushing),
         "dist_flash": of(seqpar_attn.dist_flash_attention, "contiguous"),
+        f"dist_flash, {PUSHED}": of(seqpar_attn.dist_flash_attention, "contiguous", group=pushing),
     }
     absent: dict[str, str] = {}
     if problem.nheads % ranks:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import many
 import torch
 import torch.distributed as dist
 from idle import Idle
-from rank_contenders import REFERENCE, Contender, Data, Problem, errors, ours, peers, results
+from rank_contenders import PUSHED, REFERENCE, Contender, Data, Problem, errors, ours, peers, results
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
@@ -26,7 +27,7 @@ BATCH_MS = 10.0
 LIMIT = 2e-2
 """Of a relative difference between bfloat16 results; what is wrong is off by far more."""
 SINGLE = "one GPU"
-MEASURED_APART = (REFERENCE, "dist_flash")
+MEASURED_APART = (REFERENCE, f"{REFERENCE}, {PUSHED}", "dist_flash", f"dist_flash, {PUSHED}")
 """Whose transfers overlap with computation; Ulysses' exchanges stand before and after it."""
 
 
@@ -37,6 +38,9 @@ class Options:
     """About how long the rounds of a length may take; there are never fewer than three."""
     longest_single: int
     dry: bool
+
+
+OURS = (*MEASURED_APART, "ulysses", "usp")
 
 
 class _Still:
@@ -83,28 +87,32 @@ def idle() -> Iterator[None]:
 
 
 class Clock:
-    """Milliseconds between a moment that all ranks share and the end of this rank's work."""
+    """Milliseconds between a moment that all ranks share and the end of this rank's work, and those that the host takes
+    to ask for it."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.signal = torch.zeros(1, device=device)
 
-    def __call__(self, work: Callable[[], Any]) -> float:
+    def __call__(self, work: Callable[[], Any]) -> tuple[float, float]:
         if not self.cuda:
             dist.barrier()
             start = time.perf_counter()
             work()
-            return (time.perf_counter() - start) * 1e3
+            ms = (time.perf_counter() - start) * 1e3
+            return ms, ms
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         dist.barrier()
         torch.cuda._sleep(HEAD_START_CYCLES)
         dist.all_reduce(self.signal)  # on the devices, so that they start within microseconds of each other
         begin.record()
+        start = time.perf_counter()
         work()
+        host = (time.perf_counter() - start) * 1e3
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end), host
 
 
 def _once(clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...], calls: int) -> dict[str, float]:
@@ -121,7 +129,11 @@ def _once(clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...],
             torch.autograd.grad(out, (q, k, v), dout)
 
     with contender.scope():
-        return {"forward": clock(forward) / calls, "backward": clock(backward) / calls}
+        (there, host), (back, host_back) = clock(forward), clock(backward)
+    return {
+        "forward": there / calls, "backward": back / calls,
+        "host forward": host / calls, "host backward": host_back / calls,
+    }  # fmt: skip
 
 
 def _agreed(value: float, device: torch.device) -> float:
@@ -166,7 +178,7 @@ def _checked(data: Data, found: dict[str, Contender], absent: dict[str, str]) ->
         else:
             found.pop(name, None)
             absent[name] = "; ".join(dict.fromkeys(reasons))
-            if name in ("dist_flash", "ulysses", "usp"):
+            if name in OURS:
                 raise AssertionError(f"{name} of this package: {absent[name]}")
     return checks, reference
 
@@ -214,11 +226,12 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     for name in turns:
         ms = _agreed(sum(turn(name, 1).values()), device)
         if ms < 1e3:  # else what was compiled and allocated does not count
-            ms = _agreed(sum(turn(name, 1).values()), device)
+            once = turn(name, 1)
+            ms = _agreed(once["forward"] + once["backward"], device)
         calls[name] = 1 if options.dry else int(min(8, max(1, BATCH_MS // max(ms, 1e-3))))
         total += ms * calls[name] + 12.0  # and the two head starts
     rounds = int(min(options.rounds, max(3, 1e3 * options.seconds // total)))
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in turns}
+    times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in turns}
     order = list(turns)
     for n in range(rounds):
         first = n % len(order)
@@ -231,6 +244,7 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     del whole, data
     _free()
     return {
-        "times": times, "checks": checks, "absent": absent, "notes": notes, "single_tokens": single_tokens,
+        "times": {name: dict(x) for name, x in times.items()},
+        "checks": checks, "absent": absent, "notes": notes, "single_tokens": single_tokens,
         "calls": calls, "peak_bytes": peak,
     }  # fmt: skip

@@ -9,6 +9,8 @@ all take turns. All GPUs run the one-GPU call at the same time, so that they sha
 rows; rank 0's time counts. Beyond --longest-single tokens the call is on so many only, and its time is multiplied by
 the square of what is missing; such rows say "computed". "hidden" is 1 - (time - the same schedule with nothing moved) /
 (the same schedule with nothing computed): the share of the transfers' own time that does not lengthen the step.
+"host ms" is what Python and the driver's calls take per call, the slowest rank's. "copy engines" is the symmetric
+transport.
 Peers: ring-flash-attention, where it is installed (benchmarks/flash_attn_stand_in.py), and torch's context_parallel.
 A length that --out has is left out, unless --force.
 """
@@ -40,6 +42,7 @@ def _slowest(ranks: Sequence[dict[str, Any]], name: str) -> dict[str, list[float
     found = {direction: [max(x) for x in zip(*(times[direction] for times in own))] for direction in own[0]}
     # A rank's two directions add up; the slowest in one need not be the slowest in the other.
     both = [[a + b for a, b in zip(times["forward"], times["backward"])] for times in own]
+    found["host both"] = [a + b for a, b in zip(found["host forward"], found["host backward"])]
     return found | {"both": [max(x) for x in zip(*both)]}
 
 
@@ -69,6 +72,7 @@ def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
                 "of_ideal": _ratio(ideal, ms),
                 "tflops_per_gpu": problem.flops(seqlen, direction) / count / statistics.median(ms) / 1e9,
                 "of_zigzag": _ratio(ms, reference[direction]),
+                "host_ms": statistics.median(times[f"host {direction}"]),
             }  # fmt: skip
             if name in MEASURED_APART:
                 alone = _slowest(ranks, f"{name}, computation alone")[direction]
@@ -81,7 +85,7 @@ def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
 
 def render(payload: dict[str, Any]) -> str:
     header = ["tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms (spread)", "of ideal", "TFLOP/s/GPU"]
-    header += ["time / zigzag's", "computation ms", "transfers ms", "hidden"]
+    header += ["time / zigzag's", "host ms", "computation ms", "transfers ms", "hidden"]
     lines, notes = [], []
     for length in payload["lengths"]:
         tokens = str(length["tokens_per_gpu"])
@@ -90,7 +94,7 @@ def render(payload: dict[str, Any]) -> str:
             cells = [tokens, x["method"], x["direction"]]
             cells += [f"{x['ideal_ms']:.2f}{' computed' if x['ideal'] == 'computed' else ''}"]
             cells += [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})", f"{100 * x['of_ideal']:.1f}%"]
-            cells += [f"{x['tflops_per_gpu']:.0f}", f"{x['of_zigzag']:.3f}"]
+            cells += [f"{x['tflops_per_gpu']:.0f}", f"{x['of_zigzag']:.3f}", f"{x['host_ms']:.2f}"]
             if "hidden" in x:
                 cells += [f"{x['computation_ms']:.2f}", f"{x['transfers_ms']:.2f}", f"{100 * x['hidden']:.1f}%"]
             lines.append(cells + [""] * (len(header) - len(cells)))

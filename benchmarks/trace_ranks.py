@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import seqpar_attn
+from seqpar_attn.comm import set_transport
 
 Bar = tuple[float, float, str]
 """Begin and length in ms, and the lane."""
@@ -32,8 +33,11 @@ Bar = tuple[float, float, str]
 LANES = ("computation", "transfers", "copies")
 
 
-def run(rank: int, ranks: int, tokens: int, heads: tuple[int, int, int], backend: str, dry: bool) -> str:
+def run(
+    rank: int, ranks: int, tokens: int, heads: tuple[int, int, int], backend: str, transport: str, dry: bool
+) -> str:
     """This rank's trace, as JSON."""
+    set_transport(None, transport)
     os.environ.update(many.NO_MULTICAST)
     device, (nheads, nheads_kv, headdim) = many.device(dry), heads
     torch.manual_seed(rank)
@@ -126,9 +130,10 @@ def main() -> None:
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--transport", choices=("p2p", "symmetric"), default="p2p")
     a = parser.parse_args()
     count = many.count(parser, a)
-    name = many.name("trace", count, a.dry_run)
+    name = many.name("trace" if a.transport == "p2p" else f"trace-{a.transport}", count, a.dry_run)
     picture = a.out / f"{name}.png"
     if picture.exists() and not a.force:
         print(f"{picture.name}: there already", flush=True)
@@ -137,7 +142,7 @@ def main() -> None:
         a.tokens, a.nheads, a.nheads_kv, a.headdim = 64, 4, 2, 16
     header = machine(a.commit)
     with many.pool(count, a.dry_run, timeout=300) as pool:
-        traces = pool.run(run, a.tokens, (a.nheads, a.nheads_kv, a.headdim), a.backend, a.dry_run)
+        traces = pool.run(run, a.tokens, (a.nheads, a.nheads_kv, a.headdim), a.backend, a.transport, a.dry_run)
     a.out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(a.out / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for rank, trace in enumerate(traces):
@@ -145,7 +150,7 @@ def main() -> None:
     dry = "REHEARSAL on a CPU over gloo\n" if a.dry_run else ""
     title = (
         f"{dry}zigzag, forward and backward, rank 0 of {count}, {a.tokens} tokens per GPU, {a.nheads}/{a.nheads_kv} "
-        f"heads of {a.headdim}\n{describe(header)}"
+        f"heads of {a.headdim}, {a.transport}\n{describe(header)}"
     )
     found = bars(traces[0], a.dry_run)
     draw(found, title, picture)

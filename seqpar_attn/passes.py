@@ -52,7 +52,7 @@ class Pass:
                 moment,
                 self._same_messages(moment.sends, foreign),
                 self._same_messages(moment.receives, foreign),
-                [self._messages(moment.targets)] if moment.targets else [],
+                (self._messages(moment.targets), self._where(number)) if moment.targets else (),
             )
             for number, moment in enumerate(program.moments)
         ]
@@ -66,6 +66,10 @@ class Pass:
     def _messages(self, rows: Rows) -> list[list[Message]]:
         views = self.pieces.views
         return [[(peer, x) for peer, view in row for x in cast(Tensors, views[view])] for row in rows]
+
+    def _where(self, number: int) -> str:
+        name = "backward" if self.program.schedule.backward else "forward"
+        return f"step {number + 1} of {len(self.program.moments)} of the {name} pass"
 
     def begin(self, given: Tensors) -> list[torch.Tensor]:
         """What is returned, not filled yet."""
@@ -82,21 +86,19 @@ class Pass:
         for view in self._posted:
             self.pieces.view(view)
         try:
-            for number, moment, sends, receives, targets in self._moments:
+            for number, moment, sends, receives, rest in self._moments:
                 handle = None
                 if moment.moves:
                     handle = comm.exchange(
                         self._messages(moment.sends) if sends is None else sends,
                         self._messages(moment.receives) if receives is None else receives,
-                        *targets,
+                        *rest,
                     )
                 self.launch(number, self._work, moment)
                 if handle is not None:
                     handle.wait()
         except CommunicationError as error:
-            name = "backward" if self.program.schedule.backward else "forward"
-            steps = len(self._moments)
-            raise CommunicationError(f"step {number + 1} of {steps} of the {name} pass: {error}") from error
+            raise CommunicationError(f"{self._where(number)}: {error}") from error
 
     def end(self) -> None:
         if self._tape is not None:
@@ -310,7 +312,7 @@ _kept: deque[tuple[weakref.ref[Program], Hashable]] = deque()
 def _key(kernel: Kernel, call: Call, given: Tensors, arena: Arena | None, wide_keys: bool) -> Hashable:
     """All that a pass depends on besides its program."""
     key: list[Any] = [kernel, call.softmax_scale, call.softcap, call.deterministic, given[0].device, given[0].dtype]
-    key += [wide_keys, arena and (arena, arena.generation)]
+    key += [wide_keys, arena and arena.generation]
     together = 0
     for x in given:
         key += (x.shape, x.stride())

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .base import Arena, CommunicationError, Communicator, Message, agree
+from .gpu_memory import GpuMemory
 from .loopback import Loopback, LoopbackGroup
 from .p2p import P2P
 from .shared_memory import SharedMemory
@@ -81,8 +82,10 @@ def set_transport(group: Group, transport: str) -> None:
     """How attention's transfers in ``group`` go from here on; every rank of it calls this, with the same name.
 
     "p2p": batched sends and receives of torch.distributed (NCCL, gloo). "symmetric": written straight into the peers'
-    memory, so far for CPU tensors; the ranks must be on one host. ValueError on every rank for another name, virtual
-    ranks, several hosts, or a group for GPUs only.
+    memory, on GPUs by copy engines and so without multiprocessors; the ranks must be on one host, their GPUs with peer
+    access to each other, which the first call finds out. A peer that does not come within the group's timeout is a
+    CommunicationError in the thread that made the first call. ValueError on every rank for another name, virtual ranks,
+    or several hosts.
     """
     name = group_name(group)
     if name.startswith("loopback:"):
@@ -93,9 +96,6 @@ def set_transport(group: Group, transport: str) -> None:
     names, hosts = ({x[i] for x in found if x is not None} for i in range(2))
     if len(names) > 1 or transport not in TRANSPORTS:
         raise ValueError(f"expected one of {', '.join(TRANSPORTS)} on every rank, got {', '.join(sorted(names))}")
-    devices = {x.type for x in ranks._device_types}
-    if transport == "symmetric" and "cpu" not in devices:
-        raise ValueError(f"expected a group for CPU tensors for transport 'symmetric', got one for {sorted(devices)}")
     if transport == "symmetric" and len(hosts) > 1:
         raise ValueError(f"expected all ranks on one host for transport 'symmetric', got {len(hosts)} hosts: use 'p2p'")
     _chosen[ranks] = transport
@@ -117,7 +117,12 @@ def communicator(name: str, device: torch.device) -> Communicator:
         # Those of destroyed groups would keep them, and their streams, for good.
         for key in [key for key, other in _known.items() if not _alive(other.group)]:
             _known.pop(key, None)
-        base = P2P(group, device)
-        pushes = _chosen.get(group) == "symmetric" and device.type == "cpu"
-        known = _known[name, device] = Symmetric(base, SharedMemory(group, base.timeout)) if pushes else base
+        pushes = _chosen.get(group) == "symmetric"
+        known = P2P(group, device, staged=pushes)
+        if pushes:
+            # What follows needs all ranks, and a tensor on another device may have brought only some of them here.
+            known.agree({"transport": "symmetric", "device": device.type}, None)
+            fabric = (GpuMemory if device.type == "cuda" else SharedMemory)(group, device, known.timeout)
+            known = Symmetric(known, fabric)
+        _known[name, device] = known
     return known

@@ -22,7 +22,7 @@ class Arena(Protocol):
     """Memory that slots for what travels must lie in, at the same places on every rank."""
 
     generation: int
-    """Changes when what was reserved before may no longer be used."""
+    """Changes when what was reserved before may no longer be used. No two arenas of a process ever have the same."""
 
     def reserve(self, size: int) -> torch.Tensor:
         """``size`` bytes, always the same ones: passes follow each other, so they share them. All ranks make the same

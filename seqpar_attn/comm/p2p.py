@@ -55,7 +55,8 @@ class P2P:
     name = "p2p"
     arena = None
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, staged: bool = False):
+        """``staged``: let gloo send CUDA tensors, through host memory, for which the host waits."""
         # Nothing here may keep a group or its store alive: who destroys a group to make it again needs its sockets and
         # its store to go with it (a store that is made again where one still lives is the old one, old keys included).
         self._group, self.device = weakref.ref(group), device
@@ -67,13 +68,17 @@ class P2P:
             raise ValueError(
                 f"expected a group with a backend for {device.type} tensors, got {dist.get_backend(group)!r}"
             ) from cause
-        if device.type == "cuda" and backend.name() == "gloo":
-            raise ValueError("expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer")
+        self._staged = device.type == "cuda" and backend.name() == "gloo"
+        if self._staged and not staged:
+            raise ValueError(
+                "expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer; on one host "
+                "seqpar_attn.comm.set_transport(group, 'symmetric') needs no NCCL"
+            )
         options = getattr(backend, "options", None)
         self.timeout: timedelta = getattr(options, "_timeout", None) or timedelta(minutes=30)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
         self._coalesces = type(group) is dist.ProcessGroup and backend.supports_coalescing
-        self._ahead = _Ahead(device) if device.type == "cuda" else None
+        self._ahead = _Ahead(device) if device.type == "cuda" and not self._staged else None
         self._handshake = Handshake(
             dist.distributed_c10d._get_default_store(),
             group.group_name,
@@ -82,7 +87,7 @@ class P2P:
             self.timeout,
             every_call=device.type == "cpu",
         )
-        self._connected = device.type == "cpu"
+        self._connected = device.type == "cpu" or self._staged
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -98,12 +103,13 @@ class P2P:
 
     def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Pending:
         unpack = []
-        outgoing = [(peer, tensor.contiguous()) for peer, tensor in sends[0]]
+        there = torch.device("cpu") if self._staged else self.device
+        outgoing = [(peer, tensor.contiguous().to(there)) for peer, tensor in sends[0]]
         incoming = []
         for peer, tensor in receives[0]:
             buffer = tensor
-            if not tensor.is_contiguous():
-                buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if self._staged or not tensor.is_contiguous():
+                buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format, device=there)
                 unpack.append((tensor, buffer))
             incoming.append((peer, buffer))
         works: list[dist.Work] = []

@@ -30,37 +30,39 @@ class _Work:
         self.queue = []
 
 
+def shared_tensors(group: dist.ProcessGroup, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """One tensor of zeros per rank of ``group``, on one host, that every rank sees. All ranks call it together."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    made = [tempfile.mkdtemp(prefix="seqpar_attn-") if rank == 0 else None]
+    dist.broadcast_object_list(made, group=group, group_src=0)
+    assert made[0] is not None
+    folder = Path(made[0])
+    own = folder / f"{name}-{rank}"
+    own.write_bytes(b"")
+    os.truncate(own, length * dtype.itemsize)
+    dist.barrier(group)
+    found = [
+        torch.from_file(str(folder / f"{name}-{peer}"), shared=True, size=length, dtype=dtype)
+        for peer in range(world_size)
+    ]
+    dist.barrier(group)
+    if rank == 0:  # all have mapped them
+        shutil.rmtree(folder)
+    return found
+
+
 class SharedMemory:
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta):
         self._group, self.timeout = weakref.ref(group), timeout.total_seconds()
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        folder = [tempfile.mkdtemp(prefix="seqpar_attn-") if self.rank == 0 else None]
-        dist.broadcast_object_list(folder, group=group, group_src=0)
-        assert folder[0] is not None
-        self._folder = Path(folder[0])
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # there may be none left to empty
         self._arenas: list[torch.Tensor] = []
-        self._count = 0
         self._queue: list[Callable[[], None]] = []
-        self._flags = self._shared("flags", 2 * self.world_size, torch.int32)
-
-    def _shared(self, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """One tensor of zeros per rank; the files are gone when all have mapped them."""
-        own = self._folder / f"{name}-{self.rank}"
-        own.write_bytes(b"")
-        os.truncate(own, length * dtype.itemsize)
-        dist.barrier(self._group())
-        found = [
-            torch.from_file(str(self._folder / f"{name}-{rank}"), shared=True, size=length, dtype=dtype)
-            for rank in range(self.world_size)
-        ]
-        dist.barrier(self._group())
-        own.unlink()
-        return found
+        self._flags = shared_tensors(group, "flags", 2 * self.world_size, torch.int32)
 
     def allocate(self, size: int) -> torch.Tensor:
-        self._count += 1
-        self._arenas = self._shared(f"arena{self._count}", size, torch.uint8)
+        group = self._group()
+        assert group is not None
+        self._arenas = shared_tensors(group, "arena", size, torch.uint8)
         return self._arenas[self.rank]
 
     def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,8 +71,8 @@ class SharedMemory:
         other = self._arenas[peer].view(tensor.dtype)
         return other.as_strided(tensor.shape, tensor.stride(), offset // tensor.dtype.itemsize)
 
-    def begin(self) -> None:
-        self._queue = []
+    def begin(self, where: str) -> None:
+        self._queue = []  # errors come from an exchange's wait, where the caller knows which it was
 
     def tell(self, peer: int, flag: int, value: int) -> None:
         def write() -> None:

@@ -2,9 +2,9 @@
 
 Every rank's slots lie in an arena that its peers have mapped, at the same places on every rank. A receiver says "ready"
 in the sender's flags when nothing uses the slots any more, the sender then copies and says "arrived" in the receiver's.
-Both are counters of exchanges between the two ranks. Where copies and flags are a stream's business, as copy engines
-and stream memory operations would make them, neither the host nor a multiprocessor takes part, and a persistent kernel
-of attention cannot keep a transfer waiting (docs/communication.md; a fabric of GPUs is not there yet).
+Both are counters of exchanges between the two ranks. On GPUs streams write and wait for them and copy engines move the
+data, so that neither the host nor a multiprocessor takes part, and a persistent kernel of attention cannot keep a
+transfer waiting (docs/communication.md).
 
 No exchange can wait for ever on a rank that is at an earlier step: a rank says "ready" for a step before it waits for
 anything in it, and what it waits for in earlier steps its peers have posted by then. A peer that is gone is the
@@ -13,6 +13,7 @@ fabric's to notice.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -41,8 +42,9 @@ class Fabric(Protocol):
         """The same place of ``peer``'s arena as ``tensor`` is of the own one."""
         ...
 
-    def begin(self) -> None:
-        """What is queued from here on comes after the work already on the compute stream."""
+    def begin(self, where: str) -> None:
+        """What is queued from here on comes after the work already on the compute stream. ``where`` names the exchange
+        in errors. CommunicationError if an earlier one has failed."""
         ...
 
     def tell(self, peer: int, flag: int, value: int) -> None:
@@ -63,19 +65,22 @@ class Fabric(Protocol):
         ...
 
 
+_generations = itertools.count()
+
+
 class GrowingArena:
     """A fabric's memory. It grows as needed, on all ranks together, and only then do they talk."""
 
     def __init__(self, fabric: Fabric):
         self.fabric = fabric
-        self.generation = 0
+        self.generation = next(_generations)
         self._memory: torch.Tensor | None = None
 
     def reserve(self, size: int) -> torch.Tensor:
         if self._memory is None or self._memory.numel() < size:
             self._memory = None
             self._memory = self.fabric.allocate(max(size, 1))
-            self.generation += 1
+            self.generation = next(_generations)
         return self._memory[:size]
 
 
@@ -106,6 +111,7 @@ class Symmetric:
         sends: Sequence[Sequence[Message]],
         receives: Sequence[Sequence[Message]],
         targets: Sequence[Sequence[Message]] | None = None,
+        where: str = "an exchange",
     ) -> Handle:
         """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's."""
         if targets is None:
@@ -115,7 +121,7 @@ class Symmetric:
         for (peer, source), (_, target) in zip(sends[0], targets[0], strict=True):
             messages[peer].append((target, source))
         sources = dict.fromkeys(peer for peer, _ in receives[0])
-        fabric.begin()
+        fabric.begin(where)
         for peer in sources:
             self._expected[peer] += 1
             fabric.tell(peer, self.rank, self._expected[peer])

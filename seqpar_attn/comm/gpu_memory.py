@@ -1,0 +1,166 @@
+"""The fabric of GPUs of one host that map each other's memory.
+
+Memory is torch's symmetric memory, NVLink's multicast stays off. Flags are written and waited for by the streams
+themselves, and data is pushed by copy engines (:mod:`.gpu_driver`): no multiprocessor takes part. Processes that share
+a GPU can use it, too; their copies are the driver's kernels, and right all the same.
+
+A peer that does not come within the group's timeout, or gives up, ends in a CommunicationError in the thread that made
+the fabric, and in every later exchange (:mod:`.watch`). What was computed from data that did not come is NaN.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .base import CommunicationError
+from .gpu_driver import await_flag, copy_rows, fill, write_flag
+from .shared_memory import shared_tensors
+from .watch import watch
+
+_CACHED = 4096
+_REMEMBERED = 4096
+_BEYOND = 1 << 30
+"""Added to a flag, it is past all that is waited for."""
+
+
+class _Queued:
+    def __init__(self, device: torch.device, event: torch.cuda.Event):
+        self.device, self.event = device, event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+
+
+class GpuMemory:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta):
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        self._group, self.device = weakref.ref(group), device
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._name = group.group_name
+        gpus: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid), group=group)
+        if len(set(gpus)) < self.world_size:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        self._stream, self._aside = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+        self._queue = self._stream.cuda_stream
+        self._begun = torch.cuda.Event()
+        self._arena_handle: Any = None
+        self._arena, self._arena_bases = torch.empty(0, dtype=torch.uint8, device=device), [0] * self.world_size
+        self._flags_handle: Any = None
+        self._flags, self._flag_bases, self._flags_handle = self._mapped(8 * self.world_size)
+        self._there: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        # The exchanges that the stream began and ended, as it says itself.
+        self._progress = torch.zeros(2, dtype=torch.int32).pin_memory()
+        self._progress_base, self._exchanges = self._progress.data_ptr(), 0
+        self._waits: deque[tuple[int, str, list[tuple[int, int, int]]]] = deque(maxlen=_REMEMBERED)
+        self._given_up = shared_tensors(group, "given-up", 1, torch.int32)
+        self._error: str | None = None
+        watch(self, timeout.total_seconds())
+
+    def _mapped(self, size: int) -> tuple[torch.Tensor, list[int], Any]:
+        """``size`` bytes of zeros, where this rank sees every rank's, and what keeps them."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        owner = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+        try:
+            handle = symmetric_memory.rendezvous(owner, self._name)
+        except RuntimeError as cause:
+            raise CommunicationError(
+                f"rank {self.rank} could not map the memory of its peers' GPUs ({cause}): without peer access use "
+                "set_transport(group, 'p2p')"
+            ) from cause
+        owner.zero_()
+        torch.cuda.synchronize(self.device)
+        dist.barrier(
+            self._group(), device_ids=[self.device.index] if dist.get_backend(self._group()) == "nccl" else None
+        )
+        offset = int(getattr(handle, "offset", 0))
+        # Of a tensor that does not own it: views that somebody keeps must not keep the memory.
+        memory = handle.get_buffer(self.rank, (size,), torch.uint8)
+        bases = [int(x) + offset for x in handle.buffer_ptrs]
+        assert memory.data_ptr() == bases[self.rank]
+        return memory, bases, (owner, handle)
+
+    def allocate(self, size: int) -> torch.Tensor:
+        self._check()
+        torch.cuda.synchronize(self.device)  # all that this rank was told to expect has come
+        self._there.clear()
+        self._arena_handle = None
+        self._arena, self._arena_bases, self._arena_handle = self._mapped(size)
+        return self._arena
+
+    def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
+        key = (peer, id(tensor))
+        known = self._there.get(key)
+        if known is None or known[0] is not tensor:
+            offset = tensor.data_ptr() - self._arena_bases[self.rank]
+            assert 0 <= offset < self._arena.numel(), "a target outside of the arena"
+            whole = self._arena_handle[1].get_buffer(
+                peer, (self._arena.numel() // tensor.dtype.itemsize,), tensor.dtype
+            )
+            other = whole.as_strided(tensor.shape, tensor.stride(), offset // tensor.dtype.itemsize)
+            if len(self._there) >= _CACHED:
+                self._there.clear()
+            known = self._there[key] = tensor, other
+        return known[1]
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise CommunicationError(f"an earlier exchange failed: {self._error}")
+
+    def begin(self, where: str) -> None:
+        self._check()
+        self._exchanges += 1
+        self._waits.append((self._exchanges, where, []))
+        self._begun.record(torch.cuda.current_stream(self.device))
+        self._stream.wait_event(self._begun)
+        write_flag(self._queue, self._progress_base, self._exchanges)
+
+    def tell(self, peer: int, flag: int, value: int) -> None:
+        write_flag(self._queue, self._flag_bases[peer] + 4 * flag, value)
+
+    def await_own(self, flag: int, value: int, peer: int) -> None:
+        self._waits[-1][2].append((flag, value, peer))
+        await_flag(self._queue, self._flag_bases[self.rank] + 4 * flag, value)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if not copy_rows(self._queue, target, source):
+            with torch.cuda.stream(self._stream):  # by a kernel: rows of other lengths than the target's
+                target.copy_(source, non_blocking=True)
+
+    def end(self) -> _Queued:
+        write_flag(self._queue, self._progress_base + 4, self._exchanges)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return _Queued(self.device, done)
+
+    def progress(self) -> tuple[int, int]:
+        begun, done = self._progress.tolist()
+        return begun, done
+
+    def failed_peer(self) -> int | None:
+        return next((rank for rank, x in enumerate(self._given_up) if rank != self.rank and x.item()), None)
+
+    def explain(self, exchange: int) -> str:
+        with torch.cuda.stream(self._aside):
+            flags = self._flags.view(torch.int32).tolist()
+        for number, where, waits in reversed(self._waits):
+            if number == exchange:
+                open_ = sorted({peer for flag, value, peer in waits if flags[flag] - value < 0})
+                return f"rank {self.rank}: ranks {open_} in {where} (exchange {exchange})"
+        return f"rank {self.rank}: exchange {exchange}"
+
+    def give_up(self, why: str) -> None:
+        self._error = why
+        self._given_up[self.rank].fill_(1)
+        aside = self._aside.cuda_stream
+        fill(aside, self._arena_bases[self.rank], self._arena.numel(), 0xFF)  # NaN as any float
+        for flag in range(2 * self.world_size):
+            write_flag(aside, self._flag_bases[self.rank] + 4 * flag, self._exchanges + _BEYOND)

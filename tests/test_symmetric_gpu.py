@@ -1,0 +1,168 @@
+"""The transport that writes into peers' memory, between processes on one GPU or with a GPU each."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_cases import METHODS, make_inputs, run
+
+import seqpar_attn
+from seqpar_attn.comm import CommunicationError, communicator, set_transport
+from seqpar_attn.testing.distributed import RankPool
+
+pytestmark = pytest.mark.gpu
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+SIZES = [min(GPUS, 8)] if GPUS > 1 else [2, 4]
+TIMEOUT = 6.0
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def pool(request):
+    with RankPool(request.param, timeout=200) as pool:
+        yield pool
+
+
+def take_gpu(rank):
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
+def name_of_transport():
+    return communicator(dist.group.WORLD.group_name, torch.device("cuda", torch.cuda.current_device())).name
+
+
+def many(rank, world_size, mask, shape, methods):
+    """What differs from virtual ranks, in any bit. A fixed order of sums makes what is right the same."""
+    take_gpu(rank)
+    set_transport(None, "symmetric")
+    torch.manual_seed(0)
+    x = make_inputs(world_size * 512, mask, device="cuda", **shape)
+    differ = []
+    for method in methods:
+        layout = seqpar_attn.get_layout(method.layout, world_size)
+        own = run(x, method, world_size, rank, deterministic=True)
+        whole = run(x, method, world_size, deterministic=True)
+        for name, t in own.items():
+            expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
+            if not torch.equal(t, expected):
+                differ.append((method.name, name, (t.double() - expected.double()).abs().max().item()))
+    return differ, name_of_transport()
+
+
+SHAPES = {
+    "grouped": {"dtype": torch.bfloat16, "headdim": 128, "nheads": 8, "nheads_kv": 2},
+    "batch": {"dtype": torch.float16, "headdim": 64, "nheads": 4, "nheads_kv": 4, "batch": 2},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", ["causal", "full", "packed", "packed-full", "window", "softcap"])
+def test_same_bits_as_virtual_ranks(pool, mask, shape):
+    assert pool.run(many, mask, SHAPES[shape], METHODS) == pool.world_size * [([], "symmetric")]
+
+
+def long_call(rank, world_size, tokens):
+    """Transfers that take long enough to be caught out of order, many times."""
+    take_gpu(rank)
+    set_transport(None, "symmetric")
+    torch.manual_seed(0)
+    x = make_inputs(world_size * tokens, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
+    differ = []
+    for method in (METHODS[0], METHODS[1], METHODS[7]):
+        layout = seqpar_attn.get_layout(method.layout, world_size)
+        whole = run(x, method, world_size, deterministic=True)
+        for repetition in range(5):
+            time.sleep(0.01 * (rank if repetition % 2 else world_size - rank))
+            for name, t in run(x, method, world_size, rank, deterministic=True).items():
+                if not torch.equal(t, layout.shard(whole[name], rank, 2 if name == "lse" else 1)):
+                    differ.append((method.name, name, repetition))
+    return differ
+
+
+def test_long_calls(pool):
+    assert pool.run(long_call, 4096) == pool.world_size * [[]]
+
+
+def growing(rank, world_size, rounds, gib):
+    """Arenas that, were they kept, would not fit the GPU."""
+    take_gpu(rank)
+    x = torch.randn(1, 512, 4, 64, device="cuda", dtype=torch.bfloat16)
+    for _ in range(rounds):
+        set_transport(None, "symmetric")
+        for part in range(1, 4):
+            seqpar_attn.ring_attention(x, x, x)  # is kept for calls to come, views of the arena included
+            comm = communicator(dist.group.WORLD.group_name, x.device)
+            assert comm.arena.reserve(part * int(gib * 2**30) // 3).device == x.device
+        set_transport(None, "p2p")
+    return True
+
+
+def test_memory_is_given_back(pool):
+    gib = 3.0 / (1 if GPUS > 1 else pool.world_size)
+    assert all(pool.run(growing, 40, gib))
+
+
+def faulty(rank, world_size, what, backward):
+    """``(error, seconds, the same from the next call, whether the result is NaN)`` after rank 1 has gone wrong."""
+    take_gpu(rank)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    set_transport(group, "symmetric")
+    q = torch.randn(1, 2048, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):  # compiles, and agrees on the call
+        seqpar_attn.ring_attention(q, q, q, group=group).sum().backward()
+    torch.cuda.synchronize()
+    dist.barrier()
+    out = seqpar_attn.ring_attention(q, q, q, group=group) if backward else None
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == 1:
+        if what == "exit":
+            os._exit(3)
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "skip":
+            time.sleep(TIMEOUT + 4)
+            return "skipped"
+    start = time.monotonic()
+    q.grad = None
+    error = "no error"
+    try:
+        if backward:
+            out.sum().backward()
+        else:
+            out = seqpar_attn.ring_attention(q, q, q, group=group)
+        torch.cuda.synchronize()
+        time.sleep(0.1)
+    except CommunicationError as found:
+        error = str(found)
+    seconds = time.monotonic() - start
+    result = q.grad if backward else out
+    nan = bool(result is None or result.isnan().any().item())
+    try:
+        seqpar_attn.ring_attention(q, q, q, group=group)
+        after = "no error"
+    except CommunicationError as found:
+        after = str(found)
+    return error, seconds, after, nan
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("what", ["exit", "stop", "skip"])
+def test_every_survivor_raises(what, backward):
+    world_size = SIZES[-1]
+    with RankPool(world_size, timeout=120) as pool:
+        outcomes = pool.outcomes(faulty, what, backward, timeout=40)
+    named = 0
+    for outcome in outcomes:
+        if outcome.rank == 1:
+            continue
+        assert outcome.error is None, outcome
+        error, seconds, after, nan = outcome.result
+        assert "did not come within" in error or "has given up" in error, outcome
+        assert seconds < TIMEOUT + 5, outcome
+        assert nan and error in after, outcome
+        named += "ranks [1] in step" in error
+    assert named, outcomes
