@@ -206,6 +206,15 @@ def rows_of(payload: dict[str, Any]) -> list[Row]:
     return list(READERS[payload["part"]](payload))
 
 
+def missing(payload: dict[str, Any]) -> list[str]:
+    """Who did not take part where, and why."""
+    found = []
+    for what, why in payload.get("skipped", {}).items():
+        absent = "not installed: " if "No module named" in why else ""
+        found.append(f"not measured: {what}: {absent}{why}")
+    return found
+
+
 def lines(path: Path, part: str) -> list[str]:
     """A file's rows as JSON lines; each says who measured, so that a line can be read by itself."""
     payload = read(path, part)

@@ -29,7 +29,7 @@ from common import describe, machine, markdown  # first: finds the checkout
 # isort: split
 import torch
 from files import SCHEMAS, read
-from rows import KINDS, Row, lines, rows_of, table
+from rows import KINDS, Row, lines, missing, rows_of, table
 
 HERE = Path(__file__).resolve().parent
 MODES = ("quick", "full", "dry")
@@ -164,17 +164,20 @@ def play(command: list[str], log: Path, limit: float) -> int:
 
 
 def rows_in(part: Part, out: Path) -> tuple[list[Row], list[str], list[str]]:
-    """A part's rows, the same as JSON lines, and why files could not be read."""
+    """A part's rows, the same as JSON lines, and what there is none of: peers that are not installed, and files that
+    could not be read."""
     found: list[Row] = []
     as_lines: list[str] = []
-    refused: list[str] = []
+    absent: list[str] = []
     for path in results(part, out):
         try:
-            found += rows_of(read(path, part.name))
+            payload = read(path, part.name)
+            found += rows_of(payload)
+            absent += missing(payload)
             as_lines += lines(path, part.name)
         except ValueError as error:
-            refused.append(str(error))
-    return found, as_lines, refused
+            absent.append(str(error))
+    return found, as_lines, absent
 
 
 def draw(part: Part, rows: list[Row], out: Path) -> str | None:
@@ -192,10 +195,10 @@ def report(out: Path, head: str, said: dict[str, str]) -> None:
     everything: list[str] = []
     text = [head, "", *(f"{name}: {what}" for name, what in KINDS.items())]
     for part in PARTS:
-        rows, as_lines, refused = rows_in(part, out)
+        rows, as_lines, absent = rows_in(part, out)
         everything += as_lines
         if rows or part.name in said:
-            text += ["", f"## {part.name}: {part.what}", "", said.get(part.name, "of an earlier run"), *refused, ""]
+            text += ["", f"## {part.name}: {part.what}", "", said.get(part.name, "of an earlier run"), *absent, ""]
         if rows:
             text += ["```", table(rows), "```"]
     (out / "rows.jsonl").write_text("".join(f"{line}\n" for line in everything))
@@ -300,9 +303,9 @@ def main(argv: list[str] | None = None) -> int:
             elif status:
                 failed, said[part.name] = True, f"FAILED with status {status} after {seconds:.0f} s"
                 print("\n".join((folder / "log.txt").read_text().splitlines()[-15:]), file=sys.stderr, flush=True)
-            rows, _, _ = rows_in(part, a.out)
+            rows, _, absent = rows_in(part, a.out)
             if rows:
-                print(table(rows))
+                print("\n".join([table(rows), *absent]))
                 note = draw(part, rows, a.out)
                 said[part.name] += f"; {note}" if note else ""
         print(f"== {part.name}: {said[part.name]}", flush=True)

@@ -105,6 +105,12 @@ def test_what_is_written_is_read(tmp_path):
     assert files.known(tmp_path / "none.json", "attention", {}) is None
 
 
+def test_absent_peers_are_said():
+    skipped = {"fa4, S64": "ModuleNotFoundError: No module named 'flash_attn'", "flex, S64": "ValueError: no"}
+    first, second = rows.missing({"skipped": skipped})
+    assert first.startswith("not measured: fa4, S64: not installed") and second.endswith("flex, S64: ValueError: no")
+
+
 def test_calibration_has_one_schema():
     assert files.SCHEMAS["calibrate"].version == calibration.SCHEMA
 
