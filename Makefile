@@ -8,7 +8,7 @@
 #   make csrc-test   csrc/tests by ctest          (nvcc, cmake, ninja and a Hopper GPU)
 #   make gpu-test    tests on an NVIDIA GPU       (in place, with the machine's python3, if its torch sees the GPU)
 #   make gpu-memcheck  a few of them under compute-sanitizer
-#   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise)
+#   make gpu-bench   benchmarks on an NVIDIA GPU  (likewise); BENCH_ARGS=--quick for a look
 #   make clean       remove what was built or measured; .venv stays
 #
 # Settings: TORCH='torch==2.12.0' chooses another torch, EXTRAS=test,demo other optional parts, JOBS=1 the number of
@@ -20,6 +20,7 @@ VENV ?= .venv
 EXTRAS ?= test,demo,lint
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -136,10 +137,7 @@ gpu-sanitize:
 
 gpu-bench:
 	@$(gpu_python)
-	$$python benchmarks/attention.py --out benchmarks/results
-	$$python benchmarks/ring.py --out benchmarks/results
-	$$python benchmarks/grouped.py --out benchmarks/results
-	$$python benchmarks/loss.py --out benchmarks/results
+	$$python benchmarks/run.py --out out/bench $(BENCH_ARGS)
 
 clean:
 	@rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,14 +13,23 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import (
+    Contender,
+    clocks,
+    describe,
+    interleaved,
+    machine,
+    markdown,
+    parser,
+    peak_memory,
+)  # first: finds the checkout
 
 # isort: split
 import torch
 from contenders import SETS, Data, Entry, Shape, make_data, own, peer
+from files import write
 
 from seqpar_attn import kernels
 
@@ -74,6 +83,12 @@ def differences(entries: dict[str, Entry], shape: Shape, skipped: dict[str, str]
     return found
 
 
+def _peak(contender: Contender, device: torch.device) -> int | None:
+    """Bytes of one call above its inputs."""
+    with contender.scope():
+        return peak_memory(lambda: contender.call(0), device)
+
+
 def measure(shape: Shape, arguments: argparse.Namespace, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The rows of one shape: forward and backward, every contender."""
     data = make_data(shape, arguments.device)
@@ -86,6 +101,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, skipped: dict[str, str]
         timings = interleaved(contenders, arguments.device, rounds=arguments.rounds, round_ms=arguments.round_ms)
         row = {"shape": shape._asdict(), "case": str(shape), "direction": direction, "difference": errors}
         row["results"] = {name: timing.as_dict(shape.flops * factor) for name, timing in timings.items()}
+        row["peak_bytes"] = {name: peak for name, x in contenders.items() if (peak := _peak(x, arguments.device))}
         row["ratios"] = {
             name: {other: timings[name].faster_than(timings[other]) for other in arguments.peers if other in timings}
             for name in arguments.backends
@@ -195,17 +211,14 @@ def render(payload: dict[str, Any], backends: list[str], peers: list[str]) -> st
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for attention.json and attention.md")
-    parser.add_argument("--shapes", type=Shape.parse, nargs="+", metavar="B,S,H,HKV,D,MASK", help="these, not the set")
-    parser.add_argument("--backends", nargs="+", help="ours to measure; default: all that are available")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--quick", action="store_true", help="head dim 128, length 4096, fewer rounds")
-    parser.add_argument("--carry", action="store_true", help="only what carrying and a fixed order cost")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # the plumbing, on a CPU
-    arguments = parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--shapes", type=Shape.parse, nargs="+", metavar="B,S,H,HKV,D,MASK", help="these, not the set")
+    options.add_argument("--backends", nargs="+", help="ours to measure; default: all that are available")
+    options.add_argument("--peers", nargs="*", default=list(PEERS), help=f"default: {' '.join(PEERS)}")
+    options.add_argument("--carry", action="store_true", help="only what carrying and a fixed order cost")
+    options.add_argument("--rounds", type=int)
+    options.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # the plumbing, on a CPU
+    arguments = options.parse_args(argv)
     arguments.device = (
         torch.device("cuda", torch.cuda.current_device()) if not arguments.dry_run else torch.device("cpu")
     )
@@ -217,7 +230,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.backends = [x for x in kernels.names() if x not in NOT_OURS and kernels.unavailable(x) is None]
     both = sorted(set(arguments.backends) & set(arguments.peers))
     if both:
-        parser.error(f"expected different names in --backends and --peers, got {', '.join(both)} in both")
+        options.error(f"expected different names in --backends and --peers, got {', '.join(both)} in both")
     if arguments.quick:
         arguments.shapes = [x for x in arguments.shapes if x.seqlen <= 4096 and x.headdim == 128] or arguments.shapes
         arguments.carry = arguments.carry[:1]

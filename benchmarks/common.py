@@ -1,11 +1,11 @@
-"""What the benchmarks share: who measured, interleaved timing, and the files that come out."""
+"""What the benchmarks share: who measured, interleaved timing, tables."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -135,6 +135,27 @@ def interleaved(
     return timings
 
 
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that ``step`` takes above what is there before; None where nothing counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark on one GPU has."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=True, help="folder for the JSON and the table")
+    found.add_argument("--quick", action="store_true", help="fewer and smaller cases, fewer rounds")
+    found.add_argument("--commit", help="what is measured, where git cannot tell")
+    return found
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with aligned columns."""
     widths = [max(len(row[n]) for row in [header, *rows]) for n in range(len(header))]
@@ -151,10 +172,3 @@ def describe(header: dict[str, Any]) -> str:
         f"{header['gpu'] or 'no GPU'} (driver {header['driver']}{sm}), torch {header['torch']}, "
         f"triton {header['triton']}, cuDNN {header['cudnn']}, commit {header['commit'][:12]}{dirty}, {header['date']}"
     )
-
-
-def write(out: Path, name: str, payload: dict[str, Any], text: str) -> None:
-    """``NAME.json`` and ``NAME.md`` in ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
-    (out / f"{name}.md").write_text(text + "\n")

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import Contender, clocks, describe, interleaved, machine, markdown, parser  # first: finds the checkout
 
 # isort: split
 import torch
 from contenders import Data, Entry, Shape, make_data, own
+from files import write
 
 from seqpar_attn import kernels
 from seqpar_attn.kernels.base import Kernel, interval_mask
@@ -97,13 +97,12 @@ def render(payload: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for grouped.json and grouped.md")
-    parser.add_argument("--backend", default="auto", help="whose kernels")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--round-ms", type=float, default=10.0)
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--backend", default="auto", help="whose kernels")
+    options.add_argument("--rounds", type=int, help="default: 15, or 5 with --quick")
+    options.add_argument("--round-ms", type=float, default=10.0)
+    arguments = options.parse_args()
+    arguments.rounds = arguments.rounds or (5 if arguments.quick else 15)
     torch.manual_seed(0)
     kernel = kernels.resolve(arguments.backend, torch.device("cuda", 0), torch.bfloat16, 128, frozenset(MaskKind))
     payload: dict[str, Any] = {"machine": machine(arguments.commit), "backend": kernel.name}

@@ -5,7 +5,8 @@
 Two questions. From the hidden states: time, peak memory above the inputs (and above inputs and gradients), and the
 error of loss and gradients against float64. From logits that are there: time, and the bytes of one read and one write
 of them per second, beside the rate of a copy of as many bytes in the same run. A time counts only as a ratio to a peer
-in the same run on the same GPU: contenders take turns. Errors are those of a smaller call with the same vocabulary.
+in the same run on the same GPU: contenders take turns. Inputs are larger than any cache, so they need not rotate.
+Errors are those of a smaller call with the same vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import Contender, clocks, describe, interleaved, machine, markdown, write  # first: finds the checkout
+from common import (
+    Contender,
+    clocks,
+    describe,
+    interleaved,
+    machine,
+    markdown,
+    parser,
+    peak_memory,
+)  # first: finds the checkout
 
 # isort: split
 import torch
 import torch.nn.functional as F
+from files import write
 
 import seqpar_attn
 
@@ -120,18 +130,6 @@ def errors(loss: Callable, shape: Shape, device: torch.device) -> dict[str, floa
     truth = run(lambda h, w, y: F.cross_entropy(h @ w.t(), y), torch.float64)
     got = run(loss, hidden.dtype)
     return {n: float((x.double() - y).norm() / y.norm()) for n, x, y in zip(("loss", "dhidden", "dweight"), got, truth)}
-
-
-def peak_memory(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes above what is there before."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def trial(name: str, case: str, skipped: dict[str, str], function: Callable[[], Any]) -> Any:
@@ -243,23 +241,24 @@ def render(payload: dict[str, Any]) -> str:
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for loss.json and loss.md")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument(
         "--shapes", type=Shape.parse, nargs="+", metavar="TOKENS,HIDDEN,VOCAB", help="these, not the set"
     )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--backend", default="triton", help="ours")
-    parser.add_argument("--logits-mib", type=int, default=512, help="our buffer of logits, MiB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # the plumbing, on a CPU
-    arguments = parser.parse_args(argv)
+    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help=f"default: {' '.join(PEERS)}")
+    options.add_argument("--backend", default="triton", help="ours")
+    options.add_argument("--logits-mib", type=int, default=512, help="our buffer of logits, MiB")
+    options.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick")
+    options.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # the plumbing, on a CPU
+    arguments = options.parse_args(argv)
     dry = arguments.dry_run
     arguments.device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
-    arguments.round_ms = 1.0 if dry else 300.0
+    arguments.round_ms = 1.0 if dry else 100.0 if arguments.quick else 300.0
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
     arguments.linear = arguments.shapes or STANDARD
     arguments.logits = LOGITS if not arguments.shapes else [x._replace(hidden=0) for x in arguments.shapes]
+    if arguments.quick and not arguments.shapes:
+        arguments.linear, arguments.logits = STANDARD[:1], LOGITS[:1]
     if dry:
         arguments.linear, arguments.logits = [Shape(64, 32, 100)], [Shape(64, 0, 100)]
         arguments.backend, arguments.rounds = "reference", 2

@@ -17,10 +17,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
+from files import write
 from one_rank_model import MODELS, Parts, begin, build, flops_per_token, stand_in
 
 from seqpar_attn import get_layout, memory
@@ -45,10 +46,13 @@ class Bench:
         self.arguments, self.sizes = arguments, dict(MODELS[arguments.model])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.cuda = self.device.type == "cuda"
-        self.rank = arguments.gpus // 2
+        self.sequence_ranks = arguments.gpus if arguments.sequence_ranks is None else arguments.sequence_ranks
+        self.rank = self.sequence_ranks // 2
+        self.rounds: dict[int, list[float]] = {}
+        """Milliseconds of every step that counts, by the layers of the model."""
 
     def _batch(self, context: int) -> tuple[torch.Tensor, ...]:
-        positions = get_layout("zigzag", self.arguments.gpus).positions(self.rank, context)
+        positions = get_layout("zigzag", self.sequence_ranks).positions(self.rank, context)
         ids = torch.randint(int(self.sizes["vocab_size"]), (2, 1, len(positions)), device=self.device)
         return ids[0], ids[1], positions.to(self.device)[None]
 
@@ -84,7 +88,7 @@ class Bench:
         batch, static = self._batch(context), self._allocated()
         step = parts.timed("optimizer", optimizer.step) if self.cuda else optimizer.step
         try:
-            with stand_in(self.arguments.gpus, self.rank, None, idle=True, cuda=self.cuda):
+            with stand_in(self.sequence_ranks, self.rank, None, idle=True, cuda=self.cuda):
                 if self.cuda:
                     torch.cuda.reset_peak_memory_stats()
                 model(*batch).backward()
@@ -109,7 +113,7 @@ class Bench:
         parts = Parts()
         model, applied = self._model(layers, parts)
         batch, totals, by_part = self._batch(context), [], []
-        with stand_in(self.arguments.gpus, self.rank, parts, idle=False, cuda=self.cuda):
+        with stand_in(self.sequence_ranks, self.rank, parts, idle=False, cuda=self.cuda):
             for n in range(self.arguments.rounds + 1):
                 parts.events.clear()
                 total = Parts()
@@ -122,6 +126,7 @@ class Bench:
         applied.remove()
         del model, batch
         self._free()
+        self.rounds[layers] = totals
         medians = {name: statistics.median(x[name] for x in by_part) for name in by_part[0]}
         return {"total": statistics.median(totals)} | medians
 
@@ -138,12 +143,14 @@ class Bench:
         one, two = self.steps(1, context), self.steps(2, context)
         per_layer = {name: two[name] - one[name] for name in two if name != "loss"}
         step = one["total"] - per_layer["total"] + layers * per_layer["total"] + row["optimizer_ms"]
+        rest = row["optimizer_ms"]
+        row["step_rounds_ms"] = [x + (layers - 1) * (y - x) + rest for x, y in zip(self.rounds[1], self.rounds[2])]
         attention = layers * (per_layer["attention forward"] + per_layer["attention backward"])
         row |= {"one_layer_ms": one, "two_layers_ms": two, "step_ms": step, "attention_ms": attention}
         row["attention_forward_ms"] = layers * per_layer["attention forward"]
         row["loss_forward_ms"] = one["loss"]
         row["other_layers_ms"] = layers * per_layer["total"] - attention
-        row["tokens_per_second"] = context / step * 1e3
+        row["tokens_per_second"] = context * a.gpus / self.sequence_ranks / step * 1e3
         row["mfu"] = flops_per_token(self.sizes, context) * row["tokens_per_second"] / (a.gpus * a.peak * 1e12)
         return row
 
@@ -170,7 +177,10 @@ def render(payload: dict[str, Any]) -> str:
     header += ["optimizer s", "tokens/s*", "MFU*"]
     lines = []
     for row in payload["rows"]:
-        cells = [f"{row['context'] // 1024}K", str(row["context"] // payload["gpus"])]
+        cells = [
+            f"{row['context'] // 1024}K",
+            str(row["context"] // (payload.get("sequence_ranks") or payload["gpus"])),
+        ]
         if "out_of_memory" in row:
             lines.append(cells + ["out of memory"] + [""] * (len(header) - 3))
             continue
@@ -197,6 +207,9 @@ def main() -> None:
     parser.add_argument("--name", help="of the files; default: from the model and the policy")
     parser.add_argument("--model", choices=tuple(MODELS), default="llama-2-7b")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument(
+        "--sequence-ranks", type=int, help="that share a sequence, the others have their own; default: all"
+    )
     parser.add_argument("--contexts", nargs="+", default=["512k", "700k", "1m"], help="tokens; k is 1024")
     parser.add_argument("--attention", default="save")
     parser.add_argument("--activations", default="offload")
@@ -208,9 +221,12 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    sequence_ranks = arguments.gpus if arguments.sequence_ranks is None else arguments.sequence_ranks
+    if not 1 <= sequence_ranks <= arguments.gpus or arguments.gpus % sequence_ranks:
+        parser.error(f"expected --sequence-ranks that divide {arguments.gpus} GPUs, got {sequence_ranks}")
     begin(arguments.gpus, arguments.gpus // 2)
     bench = Bench(arguments)
-    keys = ("model", "gpus", "attention", "activations", "tile_mlp", "peak")
+    keys = ("model", "gpus", "attention", "activations", "tile_mlp", "peak", "sequence_ranks")
     payload: dict[str, Any] = {"machine": machine(arguments.commit)} | {key: getattr(arguments, key) for key in keys}
     payload["rows"] = []
     name = arguments.name or f"{arguments.model}-{arguments.attention}-{arguments.activations}"
@@ -219,8 +235,8 @@ def main() -> None:
     for context in [] if arguments.find_max else arguments.contexts:
         payload["rows"].append(bench.row(tokens_of(context)))
         payload["machine"]["clocks_after"] = clocks()
-        write(arguments.out, name, payload, render(payload))
-    write(arguments.out, name, payload, render(payload))
+        write(arguments.out, "memory", payload, render(payload), name)
+    write(arguments.out, "memory", payload, render(payload), name)
     print(render(payload), flush=True)
 
 

@@ -18,18 +18,18 @@ A length that --out has is left out, unless --force.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import many
 import torch
+from files import known, stamp, write
 from rank_contenders import REFERENCE, Problem
 from rank_times import MEASURED_APART, SINGLE, Options, run
 
@@ -112,13 +112,10 @@ def render(payload: dict[str, Any]) -> str:
     return "\n".join([title, "", markdown(header, lines), "", *notes])
 
 
-def known(path: Path, settings: dict[str, Any], but: Sequence[int] = ()) -> dict[str, Any]:
+def earlier(path: Path, settings: dict[str, Any], but: Sequence[int] = ()) -> dict[str, Any]:
     """What an earlier run left, if it measured the same; ``but`` for these lengths."""
-    if path.exists():
-        found = json.loads(path.read_text())
-        if all(found.get(key) == value for key, value in settings.items()):
-            return found | {"lengths": [x for x in found["lengths"] if x["tokens_per_gpu"] not in but]}
-    return {**settings, "lengths": []}
+    found = known(path, "ranks", settings) or {**settings, "lengths": []}
+    return found | {"lengths": [x for x in found["lengths"] if x["tokens_per_gpu"] not in but]}
 
 
 def main() -> None:
@@ -137,9 +134,12 @@ def main() -> None:
         a.tokens, a.rounds, a.longest_single = [64], 3, 200
         a.nheads, a.nheads_kv, a.headdim = 4, 2, 16
     settings = {key: getattr(a, key) for key in ("nheads", "nheads_kv", "headdim", "backend")}
-    settings |= {"schema": 3, "gpus": count, "dry": a.dry_run}
+    settings |= stamp("ranks") | {"gpus": count, "dry": a.dry_run}
     name = many.name("ranks", count, a.dry_run)
-    payload = known(a.out / f"{name}.json", settings, a.tokens if a.force else ())
+    try:
+        payload = earlier(a.out / f"{name}.json", settings, a.tokens if a.force else ())
+    except ValueError as error:
+        parser.error(str(error))
     options = Options(a.rounds, a.seconds, a.longest_single, a.dry_run)
     with many.pool(count, a.dry_run, timeout=500) as pool:
         for tokens in a.tokens:
@@ -155,7 +155,7 @@ def main() -> None:
             length["options"] = asdict(options)
             payload["lengths"].append(length | {"rows": rows(ranks, problem)})
             payload["lengths"].sort(key=lambda x: x["tokens_per_gpu"])
-            write(a.out, name, payload, render(payload))
+            write(a.out, "ranks", payload, render(payload), name)
             print(f"{tokens} tokens per GPU: done", flush=True)
     print(render(payload), flush=True)
 

@@ -17,12 +17,12 @@ import argparse
 import gc
 import random
 import statistics
-from pathlib import Path
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown, parser, peak_memory  # first: finds the checkout
 
 # isort: split
 import torch
+from files import write
 from one_rank import Share, bytes_per_token
 
 from seqpar_attn.schedule import Rates, simulate_schedule
@@ -67,12 +67,14 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
             "world_size": world_size,
             "rounds": rounds,
         }
+        row["peak_bytes"] = peak_memory(lambda share=ranks[world_size // 2]: share.run(pool, keep=False), pool.device)
         both: dict[str, float] = {}
         # Ranks differ by a launch or two, so those that attend only later ranks' keys, both, and only earlier ones'.
         hosts = [ranks[rank].host(pool, HOST_PASSES) for rank in (0, world_size // 2, world_size - 1)]
         for direction in ("forward", "backward"):
             ideal = statistics.median(single.times[direction].total) / world_size
             totals = [statistics.median(share.times[direction].total) for share in ranks]
+            slowest = ranks[totals.index(max(totals))].times[direction].total
             steps = [median_steps(share, direction) for share in ranks]
             schedule = ranks[0].plan.backward if direction == "backward" else ranks[0].plan.forward
 
@@ -92,6 +94,7 @@ def measure(world_size: int, tokens: int, arguments: argparse.Namespace) -> list
                 "single_tflops": flops(single, direction, arguments) / statistics.median(single.times[direction].total),
                 "rank_ms": totals,
                 "slowest_ms": max(totals),
+                "slowest_rounds_ms": [min(slowest), max(slowest)],
                 "of_ideal": ideal / max(totals),
                 "makespan_free_ms": free.makespan * 1e3,
                 "makespan_link_ms": link.makespan * 1e3,
@@ -171,21 +174,23 @@ def render(payload: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768], help="per GPU, at W = 8")
-    parser.add_argument("--world-sizes", type=int, nargs="*", default=[2, 3, 4, 5, 6, 7], help="at 8192 tokens per GPU")
-    parser.add_argument("--nheads", type=int, default=32)
-    parser.add_argument("--nheads-kv", type=int, default=8)
-    parser.add_argument("--headdim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
-    parser.add_argument("--transfers", choices=tuple(TRANSFERS), default="device", help="what stands in for the links")
-    parser.add_argument("--backend", default="auto", help="whose kernels")
-    parser.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, nargs="+", help="per GPU, at W = 8; default: 4096 8192 32768")
+    options.add_argument("--world-sizes", type=int, nargs="*", help="at 8192 tokens per GPU; default: 2 to 7")
+    options.add_argument("--nheads", type=int, default=32)
+    options.add_argument("--nheads-kv", type=int, default=8)
+    options.add_argument("--headdim", type=int, default=128)
+    options.add_argument("--rounds", type=int, default=7, help="fewer above 8192 tokens per GPU, at least 2")
+    options.add_argument("--transfers", choices=tuple(TRANSFERS), default="device", help="what stands in for the links")
+    options.add_argument("--backend", default="auto", help="whose kernels")
+    options.add_argument("--link", type=float, default=400.0, help="GB/s each way, for the simulated makespan")
+    arguments = options.parse_args()
+    # 32768 tokens and other numbers of ranks take minutes.
+    arguments.tokens = arguments.tokens or ([4096, 8192] if arguments.quick else [4096, 8192, 32768])
+    if arguments.world_sizes is None:
+        arguments.world_sizes = [] if arguments.quick else [2, 3, 4, 5, 6, 7]
     if arguments.transfers == "peer" and torch.cuda.device_count() < 2:
-        parser.error(f"expected at least 2 GPUs for --transfers peer, got {torch.cuda.device_count()}")
+        options.error(f"expected at least 2 GPUs for --transfers peer, got {torch.cuda.device_count()}")
     torch.manual_seed(0)
     payload: dict = {"machine": machine(arguments.commit), "link": arguments.link, "rows": []}
     payload |= {key: getattr(arguments, key) for key in ("nheads", "nheads_kv", "headdim", "transfers")}

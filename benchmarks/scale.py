@@ -1,25 +1,25 @@
 """Scale on paper: where each method of attention stops scaling, on 8 to 1024 GPUs, by the planner's simulation.
 
-    python3 benchmarks/scale.py --out benchmarks/results/scale --plot docs/scale.png
+    python3 benchmarks/scale.py --out benchmarks/results/scale
 
 Nothing here is measured on more than one GPU: rates are the planner's built-in ones (or --calibration's), and a step of
 training is predicted for each method, number of GPUs and context. The policy's memory is chosen to fit; where nothing
-fits there is no number.
+fits there is no number. ``readme.py`` draws the picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from files import ROOT, write
+
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from seqpar_attn.planner import (  # noqa: E402
+from seqpar_attn.planner import (
     LINKS,
     Gpu,
     Model,
@@ -31,7 +31,7 @@ from seqpar_attn.planner import (  # noqa: E402
     policies,
     read_calibration,
 )
-from seqpar_attn.planner.report import amount, parse_amount  # noqa: E402
+from seqpar_attn.planner.report import amount, parse_amount
 
 METHODS = {"ring": "single ring", "double_ring": "double ring", "usp": "USP", "ulysses": "Ulysses"}
 
@@ -85,40 +85,19 @@ def render(rows: list[dict[str, Any]], head: str) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path, head: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    contexts = sorted({r["context"] for r in rows})
-    figure, axes = plt.subplots(1, len(contexts), figsize=(4 * len(contexts), 4), layout="constrained", sharey=True)
-    for ax, context in zip(axes, contexts):
-        for method, name in METHODS.items():
-            found = [r for r in rows if r["context"] == context and r["method"] == method and "mfu" in r]
-            ax.plot([r["gpus"] for r in found], [100 * r["mfu"] for r in found], marker="o", label=name)
-        ticks = sorted({r["gpus"] for r in rows})
-        ax.set(xscale="log", xlabel="GPUs", title=f"{amount(context)} tokens", ylim=(0, None))
-        ax.set_xticks(ticks, [str(n) for n in ticks])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("MFU in %, predicted")
-    axes[0].legend()
-    figure.suptitle(f"{head}; predicted, not measured")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="PNG")
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--gpu", default="h100-80g")
     parser.add_argument("--calibration")
     parser.add_argument("--between", default="ib400")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
-    parser.add_argument("--contexts", nargs="+", default=["1m", "4m", "16m", "64m"])
+    parser.add_argument("--gpus", type=int, nargs="+", help="default: 8 to 1024")
+    parser.add_argument("--contexts", nargs="+", help="default: 1m 4m 16m 64m")
+    parser.add_argument("--quick", action="store_true", help="8, 64 and 512 GPUs, 1m tokens")
     arguments = parser.parse_args()
+    arguments.gpus = arguments.gpus or ([8, 64, 512] if arguments.quick else [8 << n for n in range(8)])
+    arguments.contexts = arguments.contexts or (["1m"] if arguments.quick else ["1m", "4m", "16m", "64m"])
     model = find_model(arguments.model)
     gpu = read_calibration(arguments.calibration) if arguments.calibration else find_gpu(arguments.gpu)
     rows = []
@@ -131,11 +110,7 @@ def main() -> None:
     head = f"{model.name} on {gpu.name}, nvlink4 in nodes of 8, {arguments.between} between them"
     name = f"{model.name}-{arguments.between}"
     payload = {"predicted": True, "setting": head, "sources": gpu.sources, "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(render(rows, head) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot, head)
+    write(arguments.out, "scale", payload, render(rows, head), name)
     print(render(rows, head))
 
 

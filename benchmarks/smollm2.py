@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import describe, machine, markdown, write  # first: finds the checkout
+from common import describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import torch
+from files import write
 from torch import Tensor, nn
 
 import seqpar_attn

@@ -29,11 +29,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import describe, machine, markdown, write  # first: finds the checkout
+from common import describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import many
 import torch
+from files import write
 from soak_calls import NAMES, Options, draw, judge, play
 
 MIB = 2**20
@@ -184,11 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transport = "loopback" if options.loopback else "nccl" if cuda else "gloo"
     drawn = Counter(kind for call in range(1, a.calls + 1) for kind in draw(options, ranks, call).kinds)
     payload = {
-        "schema": 1, "machine": header, "ranks": ranks, "transport": transport, "options": asdict(options),
+        "machine": header, "ranks": ranks, "transport": transport, "options": asdict(options),
         "drawn": drawn, "samples": samples, "verdicts": [x._asdict() for x in verdicts(samples)],
     }  # fmt: skip
     text = render(payload)
-    write(a.out, f"soak-{transport}-{ranks}", payload, text)
+    write(a.out, "soak", payload, text, f"soak-{transport}-{ranks}")
     print(text, flush=True)
     return 0 if all(x["holds"] for x in payload["verdicts"]) else 1
 

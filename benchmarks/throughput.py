@@ -2,6 +2,9 @@
 
     python3 benchmarks/throughput.py --out benchmarks/results/throughput
     python3 benchmarks/throughput.py --out out/dry --dry-run --gpus 2
+    python3 benchmarks/throughput.py --out out/one --one-rank      # the default where there is one GPU
+
+With one GPU the table is that of one rank of 8: see throughput_one_rank.py.
 
 Every row is one torchrun (benchmarks/throughput_row.py). Their rows are of 8 GPUs: with N of them the tokens per GPU
 stay and the context is N / 8 of theirs, so tokens/s do not compare, and MFU does only as far as attention's share is
@@ -26,39 +29,19 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import clocks, describe, machine, markdown, write  # first: finds the checkout
+from common import clocks, describe, machine, markdown  # first: finds the checkout
 
 # isort: split
 import many
+import throughput_one_rank
+import torch
+from easy_context_rows import ROWS, THEIR_GPUS, THEIR_PEAK, Row
+from files import known, stamp, write
 from one_rank_model import MODELS, flops_per_token, parameters_in_gemms
 
 GIB = 2**30
-THEIR_GPUS, THEIR_PEAK = 8, 312.0
 START_S = 45.0
 """A generous guess of what a row takes before its first step."""
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    tokens: int
-    """Per GPU."""
-    data_parallel: bool = False
-    theirs: tuple[int, float] | None = None
-    """tokens/s and MFU of EasyContext on 8 A100 of 80 GB."""
-
-    def context(self, gpus: int) -> int:
-        return self.tokens if self.data_parallel else self.tokens * gpus
-
-
-ROWS = (
-    Row("64K-data-parallel", 64 << 10, True, (10240, 0.374)),
-    Row("64K", 8 << 10, False, (7816, 0.286)),
-    Row("128K", 16 << 10, False, (4266, 0.244)),
-    Row("512K", 64 << 10, False, (2133, 0.386)),
-    Row("700K", 700 << 7, False, (1603, 0.387)),
-    Row("1M", 128 << 10),
-)
 
 
 @dataclass(frozen=True)
@@ -230,15 +213,6 @@ def attempt(
     return found
 
 
-def known(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run left, if it measured the same."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if all(found.get(key) == value for key, value in settings.items()):
-            return found
-    return {**settings, "rows": [], "out_of_memory": []}
-
-
 def main() -> None:
     parser = many.parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="llama-2-7b")
@@ -247,20 +221,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed ones, after a first; 1 where time is short")
     parser.add_argument("--tile-mlp", type=int, default=16384)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU; H100 and H200: 989")
+    parser.add_argument("--one-rank", action="store_true", help="one rank of 8 on one GPU, as where there is only one")
+    parser.add_argument("--predict", action="store_true", help="likewise, with nothing measured: needs no GPU")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds from now; no row may run then")
     a = parser.parse_args()
     deadline = time.monotonic() + a.deadline
-    gpus = many.count(parser, a)
     rows = [x for x in ROWS if not a.rows or x.name in a.rows]
+    if a.one_rank or a.predict or (a.gpus is None and not a.dry_run and torch.cuda.device_count() == 1):
+        sys.exit(throughput_one_rank.run(a, rows, parser.error))
+    gpus = many.count(parser, a)
     room = host = float("inf")
     if a.dry_run:
         a.model, a.steps, a.tile_mlp = "tiny", 1, 16
         rows = [Row(x.name, 64 if x.data_parallel else 32, x.data_parallel, x.theirs) for x in rows[:2]]
     else:
         room, host = 0.93 * many.gpu_bytes(), 0.8 * many.host_bytes()
-    settings = {"schema": 1, "gpus": gpus, "dry": a.dry_run, "model": a.model, "peak": a.peak}
+    settings = {**stamp("throughput"), "gpus": gpus, "dry": a.dry_run, "model": a.model, "peak": a.peak}
     name = many.name("throughput", gpus, a.dry_run)
-    payload = known(a.out / f"{name}.json", settings)
+    path = a.out / f"{name}.json"
+    try:
+        payload = known(path, "throughput", settings) or {**settings, "rows": [], "out_of_memory": []}
+    except ValueError as error:
+        parser.error(str(error))
     left = []
     for row in rows:
         if not a.force and any(x["row"] == row.name and "failed" not in x for x in payload["rows"]):
@@ -278,7 +260,7 @@ def main() -> None:
         payload["rows"].append(finish(row, ran[0], gpus, a, ran[1]) | {"machine": header})
         order = [x.name for x in ROWS]
         payload["rows"].sort(key=lambda x: order.index(x["row"]))
-        write(a.out, name, payload, render(payload))
+        write(a.out, "throughput", payload, render(payload), name)
         print(f"{row.name}: {ran[1].get('failed', 'done')}", flush=True)
     print(render(payload), flush=True)
     if left:

@@ -46,9 +46,9 @@ def test_ranks(tmp_path):
         assert all("hidden" in x for x in length["rows"] if x["method"] == "zigzag")
     settings = {key: value for key, value in found.items() if key != "lengths"}
     path = tmp_path / "dry-ranks-2.json"
-    assert ranks.known(path, settings) == found  # another run would have nothing left to do
-    assert ranks.known(path, settings, [64])["lengths"] == []
-    assert ranks.known(path, settings | {"nheads": 8})["lengths"] == []
+    assert ranks.earlier(path, settings) == found  # another run would have nothing left to do
+    assert ranks.earlier(path, settings, [64])["lengths"] == []
+    assert ranks.earlier(path, settings | {"nheads": 8})["lengths"] == []
 
 
 def test_throughput(tmp_path):
@@ -86,7 +86,8 @@ def test_rows():
 
     def rank(zigzag, alone, moved):
         def times(x):
-            return {"forward": [x, x], "backward": [2 * x, 2 * x]}
+            host = {"host forward": [0.1, 0.1], "host backward": [0.2, 0.2]}
+            return {"forward": [x, x], "backward": [2 * x, 2 * x], **host}
 
         extra = {"zigzag, computation alone": times(alone), "zigzag, transfers alone": times(moved)}
         return {"times": {"one GPU": times(8.0), "zigzag": times(zigzag), **extra}, "single_tokens": 16}
@@ -95,6 +96,7 @@ def test_rows():
     found = ranks.rows([rank(20.0, 19.0, 2.0), rank(18.0, 16.0, 4.0)], problem)
     both = next(x for x in found if x["direction"] == "both")
     assert both["ideal"] == "computed"  # one GPU attended 16 of 32 tokens
+    assert both["host_ms"] == pytest.approx(0.3)
     assert both["ideal_ms"] == pytest.approx(24.0 * 4 / 2) and both["slowest_ms"]["median"] == 60.0
     assert both["of_ideal"] == pytest.approx(0.8)
     assert both["hidden"] == pytest.approx(1 - (60.0 - 57.0) / 12.0)

@@ -71,6 +71,12 @@ def test_calibrate_writes_what_plans_read(tmp_path):
     found = read_calibration(path)
     assert "dry run" in found.name and list(found.attention) == [16]
     assert all(len(curve) == 2 for curve in (found.attention[16].forward, found.attention[16].backward, found.head))
+    assert "backend reference" in found.sources["attention"]
+    payload = json.loads(path.read_text())
+    assert payload["part"] == "calibrate" and path.with_suffix(".md").exists()
+    rates = {"gemm_tflops", "copy_gbps", "host_gbps", "head 100", "attention 16 backward 64"}
+    assert rates <= set(payload["spread"])
+    assert all(low <= high for low, high in payload["spread"].values())
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):
@@ -91,7 +97,7 @@ def test_what_is_unknown_is_refused_with_what_is_possible(tmp_path):
         find_gpu("b200")
     with pytest.raises(ValueError, match="nvlink4, nvlink3, ib400"):
         find_link("pcie")
-    with pytest.raises(ValueError, match="whole nodes of 8 GPUs"):
+    with pytest.raises(ValueError, match=r"whole nodes of 8 GPUs, got 12 GPUs: use 8 or 16"):
         make_cluster(12, LINKS["nvlink4"])
     with pytest.raises(ValueError, match="expected method to be one of ring"):
         Policy("zigzag")
@@ -178,6 +184,14 @@ def test_the_sweep_is_a_table_and_a_picture(capsys, tmp_path):
     assert code == 0 and "PREDICTED" in out
     assert out.splitlines()[-1].split() == ["64M", "does", "not", "fit"]
     assert not drawing or picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_says_what_does_not_fit_and_what_cannot_be(capsys):
+    choices = ("--model", "llama-2-13b", "--method", "ring", "--json", "--sweep", "64m")
+    code, out, _ = run(capsys, *choices)
+    assert code == 1 and json.loads(out) == [{"predicted": True, "context": 64 << 20, "fits": False}]
+    code, out, err = run(capsys, "--model", "llama-2-13b", "--gpus", "16", "--method", "ulysses", "--sweep", "64k")
+    assert code == 2 and not out and "one of 1, 2, 4, 8 for 40 heads" in err
 
 
 def _matplotlib():

@@ -8,7 +8,7 @@ from .calibration import read as read_calibration
 from .hardware import GPUS, LINKS, Attention, Gpu, Link, find_gpu, find_link
 from .memory import Memory, predict_memory
 from .models import MODELS, Model, find_model, from_config
-from .plan import Plan, best_plan, longest, make_cluster, make_plan, policies
+from .plan import DoesNotFitError, Plan, best_plan, longest, make_cluster, make_plan, policies
 from .policy import Cluster, Policy
 from .step import Step, predict_step
 
@@ -18,6 +18,7 @@ __all__ = [
     "MODELS",
     "Attention",
     "Cluster",
+    "DoesNotFitError",
     "Gpu",
     "Link",
     "Memory",

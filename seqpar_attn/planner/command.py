@@ -10,7 +10,7 @@ from typing import Any
 from . import calibration
 from .hardware import GPUS, LINKS, find_gpu, find_link
 from .models import MODELS, find_model
-from .plan import Plan, best_plan, longest, make_cluster, make_plan, policies
+from .plan import DoesNotFitError, Plan, best_plan, longest, make_cluster, make_plan, policies
 from .policy import ACTIVATIONS, ATTENTION, METHODS, Policy
 from .report import as_dict, parse_amount, plot_sweep, render, render_sweep
 
@@ -51,11 +51,17 @@ def _sweep(arguments: argparse.Namespace, *where: Any) -> int:
         context = parse_amount(text)
         try:
             rows.append((context, best_plan(model, gpu, cluster, context, choices)))
-        except ValueError:
+        except DoesNotFitError:
             rows.append((context, "does not fit"))
     found = [plan for _, plan in rows if isinstance(plan, Plan)]
     if arguments.json:
-        print(json.dumps([as_dict(p, longest(model, gpu, cluster, p.policy)) for p in found], indent=1))
+        dicts = [
+            {"predicted": True, "context": context, "fits": False}
+            if isinstance(p, str)
+            else as_dict(p, longest(model, gpu, cluster, p.policy))
+            for context, p in rows
+        ]
+        print(json.dumps(dicts, indent=1))
     else:
         print(f"{model.name} on {cluster.gpus} x {gpu.name}; PREDICTED, not measured\n{render_sweep(rows)}")
     if arguments.plot:
@@ -63,7 +69,7 @@ def _sweep(arguments: argparse.Namespace, *where: Any) -> int:
             raise ValueError("expected a context that fits for a plot, got none")
         if not plot_sweep(rows, arguments.plot):
             raise ValueError("expected matplotlib for --plot, got none: pip install matplotlib")
-    return 0
+    return 0 if found else 1
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -170,6 +170,14 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
+def of_device(name: str) -> Gpu | None:
+    """The built-in GPU that a device's name is of, as torch reports it; None for others, such as cards of the same chip
+    with other limits."""
+    other = any(word in name.upper() for word in ("PCIE", "NVL", "GH200"))
+    found = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in name.upper()]
+    return found[0] if found and not other else None
+
+
 def find_link(name: str) -> Link:
     if name not in LINKS:
         raise ValueError(f"expected link to be one of {', '.join(LINKS)}, got {name!r}")

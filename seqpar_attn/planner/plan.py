@@ -15,6 +15,10 @@ TILES = (None, 16384)
 """What ``best_plan`` tries for ``tile_mlp``."""
 
 
+class DoesNotFitError(ValueError):
+    """No open policy fits; the message says what would."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Predicted memory and time of one training step; ``context`` as asked, ``tokens`` per GPU after padding."""
@@ -128,7 +132,7 @@ def policies(
 
 
 def best_plan(model: Model, gpu: Gpu, cluster: Cluster, context: int, open_policies: list[Policy]) -> Plan:
-    """The fastest that fits; ValueError that says how long it could be if none does."""
+    """The fastest that fits; DoesNotFitError that says how long it could be if none does."""
     plans = [make_plan(model, gpu, cluster, context, policy) for policy in open_policies]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
@@ -136,7 +140,7 @@ def best_plan(model: Model, gpu: Gpu, cluster: Cluster, context: int, open_polic
     least = min(plans, key=lambda plan: plan.memory.total)
     most = longest(model, gpu, cluster, least.policy)
     gib = 2**30
-    raise ValueError(
+    raise DoesNotFitError(
         f"expected a context that fits {cluster.gpus} x {gpu.name}, got {context} tokens, predicted to need "
         f"{least.memory.total / gib:.1f} of {least.capacity / gib:.1f} GiB at least ({least.policy}): "
         + (f"up to {most} tokens should fit" if most else "no context fits: use more GPUs or a smaller model")

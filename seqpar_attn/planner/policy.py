@@ -51,7 +51,11 @@ class Cluster:
         if self.gpus < 1:
             raise ValueError(f"expected gpus to be at least 1, got {self.gpus}")
         if self.link.within_node and self.gpus > GPUS_PER_NODE and self.gpus % GPUS_PER_NODE:
-            raise ValueError(f"expected whole nodes of {GPUS_PER_NODE} GPUs, got {self.gpus} GPUs")
+            near = self.gpus // GPUS_PER_NODE * GPUS_PER_NODE
+            raise ValueError(
+                f"expected whole nodes of {GPUS_PER_NODE} GPUs, got {self.gpus} GPUs: use {near} or "
+                f"{near + GPUS_PER_NODE}, or a link such as ib400 for all of them"
+            )
 
     @property
     def per_node(self) -> int:
