@@ -42,7 +42,7 @@ class SharedMemory:
         self._arenas: list[torch.Tensor] = []
         self._count = 0
         self._queue: list[Callable[[], None]] = []
-        self._flags = self._shared("flags", 2 * self.world_size, torch.int32)
+        self._flags = self._shared("flags", 4 * self.world_size, torch.int32)
 
     def _shared(self, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """One tensor of zeros per rank; the files are gone when all have mapped them."""

@@ -247,6 +247,7 @@ class _Builder:
                 continue
             slot = self.new_slot(rank, kind, step)
             self.slot_of[step, rank, index, kind] = slot
+            new = _End(step, slot)
             for chunk in block.chunks:
                 owner_of[chunk] = block.owner
                 known = ends[chunk, self.host(rank)]
@@ -256,7 +257,7 @@ class _Builder:
                     known.remove(end)
                     self.send(step - 1, kind, Block(block.owner, (chunk,)), end.slot.rank, end.slot, slot)
                     self.carried[step, rank, index, kind].add(chunk)
-                known.append(_End(step, slot))
+                known.append(new)
         moved: dict[tuple[_End, int], tuple[_Slot, list[int]]] = {}
         for (chunk, host), loose in ends.items():
             owner = owner_of[chunk]
