@@ -17,6 +17,9 @@ from .placement import Placement, dist_flash_placement, ring_placement
 
 METHODS = ("ring", "dist_flash")
 TRANSFERS = ("pull", "ring", "all_gather", "double")
+MOST_OWNERS_OF_DOUBLE = 2
+"""With more per step a turn of the inner ring would be too short for chains of partial sums: more of them would be added
+by kernels of their own, from more buffers, and simulation has that slower or no faster."""
 
 
 class _Blocks:
@@ -447,8 +450,8 @@ def build_schedule(
     layout; without causality there is nothing to balance and it is a ring). ``transfer``: "pull" (every operand
     straight from its owner), "ring" (keys passed from neighbour to neighbour), "all_gather" (all keys in one exchange)
     or "double" (a ring over hosts around a ring inside each of them, see below). A pulling ring attends the keys of
-    ``owners_per_step`` ranks in each step: fewer and larger kernels, for twice as many buffers. Raises ValueError for
-    other names.
+    ``owners_per_step`` ranks in each step ("double" of two at most): fewer and larger kernels, for twice as many
+    buffers. Raises ValueError for other names.
 
     "double" wants ``ranks_per_host``, with ranks numbered host by host; several divide the world size. What any rank of
     a host reads of another host's rank then crosses to it once, to the rank of the same number, one turn of the inner
@@ -468,7 +471,8 @@ def build_schedule(
         raise ValueError("expected a layout with two chunks per rank for method 'dist_flash', got another")
     shards = [Block(r, tuple(range(r * per_rank, (r + 1) * per_rank))) for r in range(world_size)]
     host = world_size if ranks_per_host is None else ranks_per_host
-    owners = {"pull": owners_per_step, "ring": 1, "all_gather": world_size, "double": min(owners_per_step, host)}
+    owners = {"pull": owners_per_step, "ring": 1, "all_gather": world_size}
+    owners["double"] = min(owners_per_step, host, MOST_OWNERS_OF_DOUBLE)
     if balanced:
         placement = dist_flash_placement(shards)
     else:

@@ -48,18 +48,18 @@ def simulate_schedule(
     *,
     step_seconds: Callable[[int, int], float] | None = None,
     bandwidth: Callable[[int, int], float] | None = None,
-    ranks_per_host: int | None = None,
+    host: Callable[[int], int] | None = None,
 ) -> Simulation:
     """Play the schedule in time.
 
     A rank starts a step when it has computed the step before and the transfers to and from it that end with that step
     are done. A message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)``
     replaces the constant rate, e.g. by measured times; ``bandwidth(source, target)`` replaces ``bytes_per_second``,
-    e.g. where nodes are joined by slower links. With ``ranks_per_host`` a rank has two links, one to the ranks of its
-    host and an adapter to all others, which work at the same time.
+    e.g. where hosts are joined by slower links. If ``host(rank)`` tells them apart, a rank has two links that work at
+    the same time: one to the ranks of its host, and an adapter to all others.
     """
     world_size = schedule.world_size
-    per_host = world_size if ranks_per_host is None else ranks_per_host
+    hosts = [0 if host is None else host(rank) for rank in range(world_size)]
 
     def seconds(step: int, rank: int) -> float:
         if step_seconds is not None:
@@ -86,7 +86,7 @@ def simulate_schedule(
         while waiting:
             posted, number, source, transfer = heapq.heappop(waiting)
             target = transfer.peer
-            link = 0 if source // per_host == target // per_host else world_size
+            link = 0 if hosts[source] == hosts[target] else world_size
             begin = max(posted, out_free[link + source], in_free[link + target])
             if begin > posted:
                 heapq.heappush(waiting, (begin, number, source, transfer))
