@@ -131,7 +131,7 @@ def _run(x: Inputs, method: Method, world_size: int, rank: int | None, **more) -
     group = seqpar_attn.LoopbackGroup(world_size) if rank is None else None
     q, k, v = (shard(t).requires_grad_() for t in (x.q, x.k, x.v))
     per_host = method.ranks_per_host(world_size)
-    more = more if per_host is None else more | {"ranks_per_host": per_host}
+    more = more if per_host is None else {"ranks_per_host": per_host} | more
     out, lse = getattr(seqpar_attn, method.function)(
         q,
         k,

@@ -99,6 +99,11 @@ MISMATCHES = {
     "method": ({"layout": "contiguous"}, {"layout": "contiguous", "method": "dist_flash_attention"}, "method"),
     "softcap": ({}, {"softcap": 3.0}, "softcap"),
     "transfer": ({}, {"transfer": "ring"}, "transfer"),
+    "hosts": (
+        {"transfer": "double", "ranks_per_host": 3},
+        {"transfer": "double", "ranks_per_host": 1},
+        "ranks_per_host",
+    ),
 }
 
 
@@ -123,6 +128,12 @@ BAD = {
     "layout": ({"layout": "spiral"}, "layout"),
     "backend": ({"backend": "fastest"}, "expected auto or one of"),
     "dropout": ({"dropout_p": 0.1}, "dropout"),
+    "hosts": ({"transfer": "double", "ranks_per_host": 2}, "to divide world_size 3, got 2"),
+    "hosts of none": ({"ranks_per_host": 3}, "with transfer 'double' and only then"),
+    "fraction of a host": ({"transfer": "double", "ranks_per_host": 1.5}, "ranks_per_host to be a positive int"),
+    "negative hosts": ({"transfer": "double", "ranks_per_host": -1}, "to divide world_size 3, got -1"),
+    "no hosts": ({"transfer": "double"}, "LOCAL_WORLD_SIZE"),
+    "hosts of others": ({"transfer": "double", "method": "dist_flash_attention"}, "with ring_attention only"),
     "dimensions": ({"q_shape": (8, 4, 16)}, "batch, seqlen"),
 }
 
@@ -167,6 +178,27 @@ def outsider(rank, world_size):
 
 def test_group_without_this_rank(three_ranks):
     assert three_ranks.run(outsider)[:2] == [(1, 6, 4, 16)] * 2
+
+
+def hosts_of_groups(rank, world_size):
+    found = []
+    for local, ranks in ((1, None), (3, None), (2, None), (2, [0, 2]), (2, [1, 2]), ("x", None)):
+        os.environ["LOCAL_WORLD_SIZE"] = str(local)
+        group = dist.new_group(ranks)
+        if ranks is None or rank in ranks:
+            try:
+                found.append(comm.find_ranks_per_host(comm.group_name(group)))
+            except ValueError as error:
+                found.append(str(error).partition(",")[0])
+    del os.environ["LOCAL_WORLD_SIZE"]
+    return found
+
+
+def test_hosts_of_groups(three_ranks):
+    """Ranks 0 and 1 on one host and rank 2 on another, among others."""
+    uneven, untold = "expected a group's ranks host by host", "expected ranks_per_host"
+    expected = [1, 3, uneven, 1, untold]
+    assert three_ranks.run(hosts_of_groups) == [expected, expected, [1, 3, uneven, 1, 1, untold]]
 
 
 def groups_come_and_go(rank, world_size):

@@ -18,8 +18,8 @@ from .placement import Placement, dist_flash_placement, ring_placement
 METHODS = ("ring", "dist_flash")
 TRANSFERS = ("pull", "ring", "all_gather", "double")
 MOST_OWNERS_OF_DOUBLE = 2
-"""With more per step a turn of the inner ring would be too short for chains of partial sums: more of them would be added
-by kernels of their own, from more buffers, and simulation has that slower or no faster."""
+"""With more per step a turn of the inner ring would be too short for chains of partial sums: more of them would be
+added by kernels of their own, from more buffers, and simulation has that slower or no faster."""
 
 
 class _Blocks:

@@ -38,6 +38,9 @@ class _Player:
         self.ranks = [_Rank() for _ in range(schedule.world_size)]
         self.query_kind = Kind.DQ if schedule.backward else Kind.OUT
         self.flying: list[_Flight] = []
+        self.sending: list[set[SlotKey]] = []
+        self.receiving: list[set[SlotKey]] = []
+        """Per rank the slots that are being sent, and received into."""
 
     def fail(self, step: int, rank: int, what: str) -> None:
         raise ScheduleError(f"{self.schedule.method} W={self.schedule.world_size} step {step} rank {rank}: {what}")
@@ -70,7 +73,9 @@ class _Player:
                 sent[rank, transfer.peer].append(transfer)
             for transfer in cell.receives:
                 expected[transfer.peer, rank].append(transfer)
-        posted = []
+        posted: list[_Flight] = []
+        ends = {(x.source, x.target): x.end for x in self.flying}  # the last one's, as none overtakes another
+        landing = {(x.target, _place(x.receive)) for x in self.flying}
         for source, target in sent.keys() | expected.keys():
             ours, theirs = sent[source, target], expected[source, target]
             if [(t.kind, t.block, t.steps) for t in ours] != [(t.kind, t.block, t.steps) for t in theirs]:
@@ -83,9 +88,9 @@ class _Player:
                 end = step + send.steps - 1
                 if not step <= end < len(self.schedule.steps):
                     self.fail(step, source, f"{send} does not end with a step")
-                if any((x.source, x.target) == (source, target) and x.end > end > step for x in self.flying):
+                if ends.get((source, target), end) > end > step:
                     self.fail(step, source, f"{send} overtakes another one to {target}")
-                if any(x.target == target and _place(x.receive) == _place(receive) for x in self.flying):
+                if (target, _place(receive)) in landing:
                     self.fail(step, target, f"{receive} lands where another one does")
                 part = self.content(step, source, send.kind, send.block, send.slot)
                 posted.append(_Flight(end, source, target, send, receive, part))
@@ -95,11 +100,15 @@ class _Player:
                     for chunk in send.block.chunks:
                         del state.slots[send.kind, send.slot][chunk]
         self.flying += posted
+        self.sending, self.receiving = [set() for _ in row], [set() for _ in row]
+        for flight in self.flying:
+            self.receiving[flight.target].add(_place(flight.receive))
+            if flight.send.slot is not None:
+                self.sending[flight.source].add(_place(flight.send))
 
     def check_conflicts(self, step: int, rank: int, row: Step) -> None:
         """While a transfer is in flight nobody may write what is sent, nor touch what is received."""
-        sent = {_place(x.send) for x in self.flying if x.source == rank and x.send.slot is not None}
-        received = {_place(x.receive) for x in self.flying if x.target == rank}
+        sent, received = self.sending[rank], self.receiving[rank]
         read, written = set(), set()
         for task in row.tasks:
             read |= {(Kind.QUERY, task.query_slot), (Kind.KV, task.key_slot)}
