@@ -132,7 +132,7 @@ def test_a_window_crosses_only_where_it_reaches():
     assert not sends(build(3, per_host, True, "contiguous", cu_seqlens=documents))
 
 
-@pytest.mark.parametrize("owners,keys,gradients", [(1, 4, 8), (2, 9, 13)])
+@pytest.mark.parametrize("owners,keys,gradients", [(1, 4, 6), (2, 9, 12)])
 def test_few_buffers(owners, keys, gradients):
     """Whatever the number of hosts."""
     for hosts in (2, 4, 8):

@@ -102,8 +102,9 @@ class P2P:
             return
         assert group is not None
         # Not by new_group, for which ranks outside of this group would have to come, too.
-        options = dist.ProcessGroupNCCL.Options()
+        options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = self.timeout
+        options.group_name = f"{group.group_name}/slow"
         store = dist.PrefixStore(self._handshake.unique("slow"), dist.distributed_c10d._get_default_store())
         slow: Any = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
         _slow[group] = slow

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..mask import Mask, MaskKind, Span, pairs_up_to
+from ..mask import Mask, Span
+from .blocks import Blocks
 from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, consecutive, joinable
 from .placement import Placement, dist_flash_placement, ring_placement
 
@@ -20,57 +21,6 @@ TRANSFERS = ("pull", "ring", "all_gather", "double")
 MOST_OWNERS_OF_DOUBLE = 2
 """With more per step a turn of the inner ring would be too short for chains of partial sums: more of them would be
 added by kernels of their own, from more buffers, and simulation has that slower or no faster."""
-
-
-class _Blocks:
-    """Areas and mask kinds of blocks, for one layout and mask."""
-
-    def __init__(self, mask: Mask, spans: tuple[tuple[Span, ...], ...]):
-        self.mask = mask
-        self.span = [span for rank in spans for span in rank]
-        self._areas: dict[tuple[int, int], int] = {}
-
-    def area(self, query: int, key: int) -> int:
-        pair = (query, key)
-        if pair not in self._areas:
-            self._areas[pair] = self.mask.area(self.span[query], self.span[key])
-        return self._areas[pair]
-
-    def prune(self, query: Block, key: Block) -> tuple[Block, Block] | None:
-        """The smallest sub-blocks that hold every non-empty pair; None when there is none."""
-        pairs = [(i, j) for i in query.chunks for j in key.chunks if self.area(i, j)]
-        if not pairs:
-            return None
-        q_used, k_used = {i for i, _ in pairs}, {j for _, j in pairs}
-        q_chunks = tuple(i for i in query.chunks if min(q_used) <= i <= max(q_used))
-        k_chunks = tuple(j for j in key.chunks if min(k_used) <= j <= max(k_used))
-        return Block(query.owner, q_chunks), Block(key.owner, k_chunks)
-
-    def _joined(self, block: Block) -> Span | None:
-        """The block as one span, if its chunks follow each other in the sequence."""
-        whole = self.span[block.chunks[0]]
-        for chunk in block.chunks[1:]:
-            if not whole.followed_by(self.span[chunk]):
-                return None
-            whole = replace(whole, length=whole.length + self.span[chunk].length)
-        return whole
-
-    def task(self, query: Block, key: Block) -> Task:
-        area = sum(self.area(i, j) for i in query.chunks for j in key.chunks)
-        seqlen_q, seqlen_k = (sum(self.span[c].length for c in block.chunks) for block in (query, key))
-        if area == seqlen_q * seqlen_k:
-            return Task(query, key, MaskKind.FULL, 0, area)
-        # The mask allows no more than causality does, so an equal area means the same set of pairs.
-        if self.mask.causal:
-            joined_q, joined_k = self._joined(query), self._joined(key)
-            offset = None
-            if query.chunks == key.chunks:
-                offset = 0
-            elif joined_q is not None and joined_k is not None:
-                offset = (joined_q.start - joined_k.start) // joined_q.stride
-            if offset is not None and area == pairs_up_to(0, seqlen_q, 0, seqlen_k, offset):
-                return Task(query, key, MaskKind.CAUSAL, offset, area)
-        return Task(query, key, MaskKind.INTERVAL, 0, area)
 
 
 @dataclass
@@ -123,7 +73,7 @@ class _Builder:
         self.world_size, self.ranks_per_host, self.slack = len(spans), ranks_per_host, slack
         self.result_kinds = (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,)
         """The first is what queries accumulate, the second what keys do."""
-        self.blocks = _Blocks(mask, spans)
+        self.blocks = Blocks(mask, spans)
         self.messages: list[_Message] = []
         self.slots: list[_Slot] = []
         self.runs: list[list[_Slot]] = []
@@ -274,7 +224,8 @@ class _Builder:
                 self.move(kind, owner, chunk, end, last.slot.rank, last, 1, moved) for end in loose if end is not last
             ]
             total = _End(max([last.step, *done]), last.slot)
-            steps = max(1, min(self.slack, len(self.tasks) - 1 - total.step))
+            # One step less than a turn, so that it is there before the next one begins: fewer buffers.
+            steps = max(1, min(self.slack - 1, len(self.tasks) - 1 - total.step))
             self.move(kind, owner, chunk, total, owner, None, steps, moved)
         if kind is not Kind.OUT:  # sums of several parts at once; partial outputs are merged one by one
             alike: dict[tuple[int, int, tuple[int, ...]], list[_Slot]] = defaultdict(list)
