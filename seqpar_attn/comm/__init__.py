@@ -74,7 +74,7 @@ def find_ranks_per_host(name: str) -> int:
         raise ValueError(f"expected ranks_per_host, or torchrun's LOCAL_WORLD_SIZE to tell it, got None and {local!r}")
     hosts = [rank // int(local) for rank in dist.get_process_group_ranks(_resolve_process_group(name))]  # type: ignore[arg-type]
     counts = {host: hosts.count(host) for host in hosts}
-    if len(set(counts.values())) > 1 or any(a != b for a, b in zip(hosts, sorted(hosts))):
+    if len(set(counts.values())) > 1 or hosts != sorted(hosts):
         raise ValueError(f"expected a group's ranks host by host, as many on each, got ranks on the hosts {hosts}")
     return counts[hosts[0]]
 

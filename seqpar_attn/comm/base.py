@@ -54,7 +54,7 @@ class Communicator(Protocol):
         or touch what is received. Raises CommunicationError, also from ``wait``, when a peer is gone or too late.
 
         Several exchanges may be in flight. ``slow`` ones take long, so others must not have to wait in line behind
-        them; among themselves, and so do those that are not slow, they are waited for in the order in which they began.
+        them. Slow ones are waited for in the order in which they began, and so are the others.
         """
         ...
 

@@ -211,22 +211,38 @@ class _Builder:
                     self.send(step - 1, kind, Block(block.owner, (chunk,)), end.slot.rank, end.slot, slot)
                     self.carried[step, rank, index, kind].add(chunk)
                 known.append(new)
-        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]] = {}
+        sums: dict[_End, list[int]] = defaultdict(list)
         for (chunk, host), loose in ends.items():
+            if host != self.host(owner_of[chunk]):
+                # The last one, or of several the one that has the owner's number, gets the others.
+                number = owner_of[chunk] % self.ranks_per_host
+                last = max(loose, key=lambda e: (e.step, e.slot.rank % self.ranks_per_host == number))
+                sums[last].append(chunk)
+        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]] = {}
+        parts: list[tuple[_End, _End, int, _Slot]] = []
+        for (chunk, _), loose in ends.items():
             owner = owner_of[chunk]
-            if host == self.host(owner):
-                for end in loose:
-                    self.move(kind, owner, chunk, end, owner, None, 1, moved)
-                continue
-            # The last one, or of several the one that has the owner's number, gets the others.
-            last = max(loose, key=lambda e: (e.step, e.slot.rank % self.ranks_per_host == owner % self.ranks_per_host))
-            done = [
-                self.move(kind, owner, chunk, end, last.slot.rank, last, 1, moved) for end in loose if end is not last
-            ]
-            total = _End(max([last.step, *done]), last.slot)
+            into = next((end for end in loose if chunk in sums.get(end, ())), None)
+            for end in loose:
+                if into is None:
+                    self.bring_home(kind, owner, chunk, end, end.step, 1, moved)
+                elif end is not into:
+                    slot = self.move(kind, owner, chunk, end, into.slot.rank, end.step, 1, moved)
+                    parts.append((into, end, chunk, slot))
+        # Other chunks in the slot of such a sum may travel on from it: nothing is added while they do.
+        done = {into: into.slot.last for into, *_ in parts}
+        complete = {end: end.step for end in sums}
+        for into, end, chunk, slot in parts:
+            step = max(end.step + 1, done[into]) + 1
+            complete[into] = max(complete[into], step)
+            for used in (slot, into.slot):
+                used.use(step)
+            self.merges[step, into.slot.rank].append((kind, owner_of[chunk], chunk, slot, into.slot))
+        for end, chunks in sums.items():
             # One step less than a turn, so that it is there before the next one begins: fewer buffers.
-            steps = max(1, min(self.slack - 1, len(self.tasks) - 1 - total.step))
-            self.move(kind, owner, chunk, total, owner, None, steps, moved)
+            steps = max(1, min(self.slack - 1, len(self.tasks) - 1 - complete[end]))
+            for chunk in chunks:
+                self.bring_home(kind, owner_of[chunk], chunk, end, complete[end], steps, moved)
         if kind is not Kind.OUT:  # sums of several parts at once; partial outputs are merged one by one
             alike: dict[tuple[int, int, tuple[int, ...]], list[_Slot]] = defaultdict(list)
             for (end, rank), (slot, chunks) in moved.items():
@@ -240,26 +256,35 @@ class _Builder:
         chunk: int,
         end: _End,
         rank: int,
-        into: _End | None,
+        complete: int,
         steps: int,
         moved: dict[tuple[_End, int], tuple[_Slot, list[int]]],
-    ) -> int:
-        """Bring the end of a chain to a rank, which adds it to its own accumulator or to another end; in which step.
+    ) -> _Slot:
+        """Send a chunk of the end of a chain to a rank in the step after ``complete``; where it arrives.
 
         ``moved``: (end, rank) -> slot and chunks of those that have been moved; chunks of one end share a slot.
         """
-        arrived = end.step + steps
-        merged = arrived + 1 if into is None else max(arrived, into.step) + 1
         if (end, rank) not in moved:
-            moved[end, rank] = self.new_slot(rank, kind, end.step + 1), []
+            moved[end, rank] = self.new_slot(rank, kind, complete + 1), []
         slot, chunks = moved[end, rank]
         chunks.append(chunk)
-        self.send(end.step + 1, kind, Block(owner, (chunk,)), end.slot.rank, end.slot, slot, steps)
-        slot.use(merged)
-        if into is not None:
-            into.slot.use(merged)
-        self.merges[merged, rank].append((kind, owner, chunk, slot, None if into is None else into.slot))
-        return merged
+        self.send(complete + 1, kind, Block(owner, (chunk,)), end.slot.rank, end.slot, slot, steps)
+        return slot
+
+    def bring_home(
+        self,
+        kind: Kind,
+        owner: int,
+        chunk: int,
+        end: _End,
+        complete: int,
+        steps: int,
+        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]],
+    ) -> None:
+        """``move`` to the owner, which adds it to its own accumulator."""
+        home = self.move(kind, owner, chunk, end, owner, complete, steps, moved)
+        home.use(complete + steps + 1)
+        self.merges[complete + steps + 1, owner].append((kind, owner, chunk, home, None))
 
     # Assembly ---------------------------------------------------------------------------------------------------
 
