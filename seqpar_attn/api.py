@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from .autograd import attention_op
-from .comm import Group, LoopbackGroup, agree, communicator, group_name
+from .comm import Group, LoopbackGroup, agree, communicator, find_ranks_per_host, group_name
 from .layout import grid_of
 from .ulysses import ulysses_op
 from .validation import as_boundaries
@@ -40,6 +40,7 @@ def _attention(
     transfer: str,
     dropout_p: float,
     heads_group: Group = None,
+    ranks_per_host: int | None = None,
 ) -> Any:
     """``heads_group``: for "ulysses" and "usp", the group that exchanges heads; ``group`` is then the ring."""
     exchanges = method in ("ulysses", "usp")
@@ -57,6 +58,10 @@ def _attention(
             softmax_scale = 1 / math.sqrt(q.shape[-1])
         if window_size is not None and (isinstance(window_size, bool) or not isinstance(window_size, int)):
             raise ValueError(f"expected window_size to be a positive int or None, got {window_size!r}")
+        if ranks_per_host is not None and (isinstance(ranks_per_host, bool) or not isinstance(ranks_per_host, int)):
+            raise ValueError(f"expected ranks_per_host to be a positive int or None, got {ranks_per_host!r}")
+        if transfer == "double" and method == "ring" and ranks_per_host is None:
+            ranks_per_host = find_ranks_per_host(names[0])
         bounds = as_boundaries(cu_seqlens)
     except ValueError as complaint:
         error = complaint
@@ -79,6 +84,7 @@ def _attention(
         softmax_scale,
         backend,
         deterministic,
+        *(() if exchanges else (ranks_per_host,)),
     )
     return tuple(results[:2]) if return_lse else results[0]
 
@@ -99,6 +105,7 @@ def ring_attention(
     deterministic: bool = False,
     return_lse: bool = False,
     transfer: str = "pull",
+    ranks_per_host: int | None = None,
     dropout_p: float = 0.0,
 ) -> Any:
     """Exact attention of a sequence whose tokens are split over the ranks of ``group``, by ring attention.
@@ -126,8 +133,12 @@ def ring_attention(
         deterministic: refuse backends whose gradients may differ from run to run.
         return_lse: also return the log-sum-exp of the scores, ``[batch, nheads, seqlen / world_size]``, natural
             logarithm, float32 (float64 for float64 inputs), differentiable.
-        transfer: "pull" (every key block straight from its owner: least bytes), "ring" (from neighbour to neighbour)
-            or "all_gather".
+        transfer: "pull" (every key block straight from its owner: least bytes), "ring" (from neighbour to neighbour),
+            "all_gather", or "double" for several hosts: a ring of hosts around a ring of the ranks in each. A key block
+            then crosses to a host once, not once per rank that reads it, while the ring inside turns, and so does the
+            sum of a host's gradients for it; every adapter of a host carries its part.
+        ranks_per_host: for "double", of ranks numbered host by host; it must divide the group's size. By default what
+            torchrun's ``LOCAL_WORLD_SIZE`` says about this group.
         dropout_p: must be 0.
 
     Returns:
@@ -139,7 +150,9 @@ def ring_attention(
 
     Sources: Ring Attention (Liu, Zaharia, Abbeel 2023, arXiv 2310.01889); zigzag and striped layouts: Striped
     Attention (Brandon et al. 2023, arXiv 2311.09431) and the zigzag variant of ring-flash-attention; online softmax:
-    FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+    FlashAttention-2 (Dao 2023, arXiv 2307.08691); "double": Double-Ring-Attention of LoongTrain (Gu et al. 2024, arXiv
+    2406.18485) and the topology-aware ring of BurstEngine (Sun et al. 2025, arXiv 2509.19836), whose order of blocks it
+    has; blocks are fetched from their owners and not handed on from host to host.
     """
     return _attention(
         q,
@@ -158,6 +171,7 @@ def ring_attention(
         return_lse=return_lse,
         transfer=transfer,
         dropout_p=dropout_p,
+        ranks_per_host=ranks_per_host,
     )
 
 
@@ -181,9 +195,10 @@ def dist_flash_attention(
 ) -> Any:
     """Exact attention over contiguous shards with DistFlashAttn's load balancing.
 
-    Arguments, result and errors are those of :func:`ring_attention`; ``layout`` must be "contiguous", so tokens need
-    no reordering. Ranks that have no earlier keys left help later ranks: they receive queries, attend their own keys
-    and return a partial result. Every world size is balanced (odd ones and the last step of even ones included).
+    Arguments, result and errors are those of :func:`ring_attention`, without transfer "double"; ``layout`` must be
+    "contiguous", so tokens need no reordering. Ranks that have no earlier keys left help later ranks: they receive
+    queries, attend their own keys and return a partial result. Every world size is balanced (odd ones and the last step
+    of even ones included).
 
     Source: DistFlashAttn (Li et al. 2023, arXiv 2310.03294), the algorithm only.
     """
@@ -291,6 +306,7 @@ def usp_attention(
         group: a DeviceMesh of two dimensions (ring, Ulysses), or the two groups ``(ring, ulysses)`` of this rank.
             Virtual ranks: ``(LoopbackGroup(R), LoopbackGroup(U))``; tensors hold the shards row by row.
         layout: of the ring: "zigzag", "contiguous" or "striped".
+        transfer: of the ring, but not "double".
 
     The other arguments, the result and the errors are those of :func:`ring_attention`. Errors name the row first, then
     the rank in it.

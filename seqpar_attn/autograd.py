@@ -29,7 +29,7 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicat
     check_call(call, seqlen)
     get_layout(call.layout, comm.world_size).shard_length(seqlen)
     mask = Mask(seqlen, call.causal, call.window_size, call.cu_seqlens)
-    plan = make_plan(call.method, call.transfer, call.layout, comm.world_size, mask)
+    plan = make_plan(call.method, call.transfer, call.layout, comm.world_size, mask, call.ranks_per_host)
     kernel = kernels.resolve(call.backend, q.device, q.dtype, q.shape[3], plan.kinds, call.softcap, call.deterministic)
     return plan, kernel
 
@@ -59,13 +59,26 @@ def _attention(
     softmax_scale: float,
     backend: str,
     deterministic: bool,
+    ranks_per_host: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of this process's shards; see :func:`seqpar_attn.ring_attention`."""
     known = kept.replayed(q)
     if known is not None:
         return known[0], known[1]
     bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
+    call = Call(
+        method,
+        transfer,
+        layout,
+        causal,
+        window_size,
+        bounds,
+        softcap,
+        softmax_scale,
+        backend,
+        deterministic,
+        ranks_per_host,
+    )
     comm = communicator(group, q.device)
     error: ValueError | None = None
     kernel: Kernel | None = None
@@ -107,10 +120,23 @@ def _attention_backward(
     softmax_scale: float,
     backend: str,
     deterministic: bool,
+    ranks_per_host: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dq, dk, dv)`` in the input dtype, given the results of :func:`_attention`."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
+    call = Call(
+        method,
+        transfer,
+        layout,
+        causal,
+        window_size,
+        bounds,
+        softcap,
+        softmax_scale,
+        backend,
+        deterministic,
+        ranks_per_host,
+    )
     comm = communicator(group, q.device)
     plan, kernel = _prepare(q, k, v, comm, call)
     if comm.world_size > 1 and q.device.type == "cpu":

@@ -8,24 +8,27 @@ says so (:mod:`.kernels.tape`). What is left per step is to post messages and to
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
 
-from .comm import Arena, CommunicationError, Communicator, Message
+from .comm import Arena, CommunicationError, Communicator, Handle, Message
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
 from .pieces import Field, Pieces, Shape, Tensors, joined
 from .plan import Plan
-from .program import Add, Compute, Moment, Program
+from .program import Add, Compute, Exchange, Moment, Program
 from .schedule import Kind
 from .validation import Call
 
 Rows = Sequence[Sequence[tuple[int, int]]]
 """Per local rank its messages: (peer, view)."""
+
+_Prepared = tuple[Exchange, list[list[Message]] | None, list[list[Message]] | None, dict[str, Any]]
+"""An exchange, its messages where they are the same in every pass, and what else the communicator is told."""
 
 Reserve = Callable[[int], torch.Tensor] | None
 """Bytes for slots, if they must lie in memory of the communicator's."""
@@ -47,13 +50,7 @@ class Pass:
         self._addresses: list[int] = []
         foreign = set(pieces.foreign)
         self._moments = [
-            (
-                number,
-                moment,
-                self._same_messages(moment.sends, foreign),
-                self._same_messages(moment.receives, foreign),
-                (self._messages(moment.targets), self._where(number)) if moment.targets else (),
-            )
+            (number, moment, [self._prepared(number, exchange, foreign) for exchange in moment.exchanges])
             for number, moment in enumerate(program.moments)
         ]
         self._last_query_work = max(
@@ -64,8 +61,18 @@ class Pass:
             ),
             default=len(program.moments) - 1,
         )
-        used = {view for moment in program.moments for row in (*moment.sends, *moment.receives) for _, view in row}
+        exchanges = [exchange for moment in program.moments for exchange in moment.exchanges]
+        used = {view for x in exchanges for row in (*x.sends, *x.receives) for _, view in row}
         self._posted = sorted(used & foreign)
+
+    def _prepared(self, number: int, exchange: Exchange, foreign: set[int]) -> _Prepared:
+        more: dict[str, Any] = {}
+        if exchange.targets:
+            more |= {"targets": self._messages(exchange.targets), "where": self._where(number)}
+        if exchange.slow:
+            more["slow"] = True
+        sends, receives = (self._same_messages(rows, foreign) for rows in (exchange.sends, exchange.receives))
+        return exchange, sends, receives, more
 
     def _same_messages(self, rows: Rows, foreign: set[int]) -> list[list[Message]] | None:
         """Messages that are the same in every pass; None if they are not."""
@@ -93,19 +100,20 @@ class Pass:
         """All moments."""
         for view in self._posted:
             self.pieces.view(view)
+        moving: dict[int, list[Handle]] = defaultdict(list)
         try:
-            for number, moment, sends, receives, rest in self._moments:
-                handle = None
-                if moment.moves:
+            for number, moment, exchanges in self._moments:
+                for exchange, sends, receives, more in exchanges:
                     handle = comm.exchange(
-                        self._messages(moment.sends) if sends is None else sends,
-                        self._messages(moment.receives) if receives is None else receives,
-                        *rest,
+                        self._messages(exchange.sends) if sends is None else sends,
+                        self._messages(exchange.receives) if receives is None else receives,
+                        **more,
                     )
+                    moving[exchange.end].append(handle)
                 self.launch(number, self._work, moment)
                 if number == self._last_query_work:
                     self.queries_done()
-                if handle is not None:
+                for handle in moving.pop(number, ()):  # in the order in which they were posted, on every rank
                     handle.wait()
         except CommunicationError as error:
             raise CommunicationError(f"{self._where(number)}: {error}") from error
@@ -199,7 +207,7 @@ class Forward(Pass):
         return out, lse
 
     def add(self, add: Add) -> None:
-        out_acc, lse, out = self.view(add.own)
+        out_acc, lse, out = self.view(add.into)
         part, lse_part = self.view(add.part)
         self.kernel.merge(lse, out_acc, lse_part, part, out if add.finish else None)
 
@@ -290,7 +298,7 @@ class Backward(Pass):
     def add(self, add: Add) -> None:
         # One launch for dk and dv where they lie next to each other.
         join = self._round and add.kind is Kind.DKV
-        for x, part in zip(self.view(add.own, join), self.view(add.part, join)):
+        for x, part in zip(self.view(add.into, join), self.view(add.part, join)):
             self.kernel.accumulate(x, part)
 
     def compute(self, compute: Compute) -> None:
@@ -386,6 +394,8 @@ def forward_pass(
         return torch.empty_like(q, memory_format=torch.contiguous_format), lse
     arena = comm.arena
     program = plan.program(False, comm.local_ranks, arena is not None)
+    if program.slow:
+        comm.open_slow()
     shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
     try:
         played: Forward = shelf.pop()
@@ -418,6 +428,8 @@ def backward_pass(
         return dq, dk, dv
     arena = comm.arena
     program = plan.program(True, comm.local_ranks, arena is not None)
+    if program.slow:
+        comm.open_slow()
     shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
     try:
         played: Backward = shelf.pop()

@@ -25,10 +25,27 @@ def owners_per_step(shard: int) -> int:
 class Plan:
     """Schedules of one configuration, and the block masks that were asked for so far."""
 
-    def __init__(self, method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int):
+    def __init__(
+        self,
+        method: str,
+        transfer: str,
+        layout: str,
+        world_size: int,
+        mask: Mask,
+        owners: int,
+        ranks_per_host: int | None = None,
+    ):
         spans = get_layout(layout, world_size).chunks(mask.seqlen)
         self.forward, self.backward = (
-            build_schedule(method, spans, mask, backward=backward, transfer=transfer, owners_per_step=owners)
+            build_schedule(
+                method,
+                spans,
+                mask,
+                backward=backward,
+                transfer=transfer,
+                owners_per_step=owners,
+                ranks_per_host=ranks_per_host,
+            )
             for backward in (False, True)
         )
         self._masks: dict[tuple[int, torch.device], BlockMask] = {}
@@ -64,13 +81,18 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=32)
-def _make_plan(method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int) -> Plan:
-    return Plan(method, transfer, layout, world_size, mask, owners)
+def _make_plan(
+    method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int, ranks_per_host: int | None
+) -> Plan:
+    return Plan(method, transfer, layout, world_size, mask, owners, ranks_per_host)
 
 
-def make_plan(method: str, transfer: str, layout: str, world_size: int, mask: Mask) -> Plan:
-    """The plan of a configuration; ValueError for unknown names and lengths that do not divide."""
-    return _make_plan(method, transfer, layout, world_size, mask, owners_per_step(mask.seqlen // world_size))
+def make_plan(
+    method: str, transfer: str, layout: str, world_size: int, mask: Mask, ranks_per_host: int | None = None
+) -> Plan:
+    """The plan of a configuration; ValueError for unknown names, lengths and ranks per host that do not divide."""
+    owners = owners_per_step(mask.seqlen // world_size)
+    return _make_plan(method, transfer, layout, world_size, mask, owners, ranks_per_host)
 
 
 def _positions(schedule: Schedule, block: Block, device: torch.device) -> torch.Tensor:

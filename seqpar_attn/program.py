@@ -48,31 +48,46 @@ class Compute(NamedTuple):
 
 
 class Add(NamedTuple):
-    """A merge: the view ``part`` into the view ``own``; gradients of several slots at once."""
+    """A merge: the view ``part`` into the view ``into``; gradients of several slots at once."""
 
     kind: Kind
-    own: int
+    into: int
     part: int
     finish: bool
 
 
-class Moment(NamedTuple):
-    """One step: per local rank (peer, view) to send and to receive, then what runs meanwhile."""
+class Exchange(NamedTuple):
+    """Transfers that begin and end together: per local rank (peer, view) to send and to receive."""
 
     sends: tuple[tuple[tuple[int, int], ...], ...]
     receives: tuple[tuple[tuple[int, int], ...], ...]
-    adds: tuple[Add, ...]
-    computes: tuple[Compute, ...]
-    moves: bool
+    end: int
+    """The moment at whose end they are waited for."""
+    slow: bool
+    """They take several moments."""
     targets: tuple[tuple[tuple[int, int], ...], ...] = ()
     """Per local rank and send (peer, view): where in the peer's slots the message belongs, for who writes there."""
 
 
+class Moment(NamedTuple):
+    """One step: what begins to move, then what runs meanwhile."""
+
+    exchanges: tuple[Exchange, ...]
+    adds: tuple[Add, ...]
+    computes: tuple[Compute, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything begins to move."""
+        return bool(self.exchanges)
+
+
 def _same_sum(merge: Merge, following: Merge) -> bool:
     """Whether two merges add to the same block from consecutive slots; partial outputs are merged one by one."""
-    if merge.kind is Kind.OUT or (merge.kind, merge.block) != (following.kind, following.block):
+    if merge.kind is Kind.OUT:
         return False
-    return following.slot == merge.slot + 1
+    alike = (merge.kind, merge.block, merge.into) == (following.kind, following.block, following.into)
+    return alike and following.slot == merge.slot + 1
 
 
 class Program:
@@ -93,15 +108,11 @@ class Program:
         ranks = list(enumerate(local_ranks))
         self.moments = []
         for step, row in enumerate(schedule.steps):
-            sends, receives = (
-                tuple(tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side)) for i, rank in ranks)
-                for side in ("sends", "receives")
-            )
+            durations = {t.steps for _, rank in ranks for t in (*row[rank].sends, *row[rank].receives)}
+            exchanges = [self._exchange(ranks, step, row, duration, alike) for duration in sorted(durations)]
             adds = [self._add(i, merges) for i, rank in ranks for merges in consecutive(row[rank].merges, _same_sum)]
             computes = [self._compute(i, tasks) for i, rank in ranks for tasks in schedule.launches(step, rank)]
-            moves = any(sends) or any(receives)
-            targets = tuple(self._targets(i, rank, row) for i, rank in ranks) if alike else ()
-            self.moments.append(Moment(sends, receives, tuple(adds), tuple(computes), moves, targets))
+            self.moments.append(Moment(tuple(exchanges), tuple(adds), tuple(computes)))
         self.slots: dict[tuple[int, Kind], int] = {}
         """Buffers per (local rank, kind)."""
         for view in self.views:
@@ -115,6 +126,8 @@ class Program:
             not compute.keep and not compute.carry_query for moment in self.moments for compute in moment.computes
         ) and not any(moment.adds for moment in self.moments)
         """Forward: no accumulator is needed, every output row is finished by one task."""
+        self.slow = any(t.steps > 1 for row in schedule.steps for cell in row for t in cell.sends)
+        """Whether any rank has slow exchanges."""
         computes = [compute for moment in self.moments for compute in moment.computes]
         self.keys_once = not any(
             compute.carry_key or compute.key_fresh or self.views[compute.key_result].slot is not None
@@ -132,17 +145,34 @@ class Program:
 
     def _add(self, local: int, merges: Sequence[Merge]) -> Add:
         first = merges[0]
-        own = self._view(local, first.kind, first.block, None)
+        into = self._view(local, first.kind, first.block, first.into)
         part = self._view(local, first.kind, first.block, first.slot, len(merges))
-        return Add(first.kind, own, part, any(merge.final for merge in merges))
+        return Add(first.kind, into, part, any(merge.final for merge in merges))
+
+    def _exchange(
+        self, ranks: Sequence[tuple[int, int]], step: int, row: Sequence[Step], duration: int, alike: bool
+    ) -> Exchange:
+        """The transfers that take so many steps."""
+        sends, receives = (
+            tuple(
+                tuple((t.peer, self._transfer(i, t)) for t in getattr(row[rank], side) if t.steps == duration)
+                for i, rank in ranks
+            )
+            for side in ("sends", "receives")
+        )
+        targets = tuple(self._targets(i, rank, row, duration) for i, rank in ranks) if alike else ()
+        return Exchange(sends, receives, step + duration - 1, duration > 1, targets)
 
     def _transfer(self, local: int, transfer: Transfer) -> int:
         return self._view(local, transfer.kind, transfer.block, transfer.slot)
 
-    def _targets(self, local: int, rank: int, row: Sequence[Step]) -> tuple[tuple[int, int], ...]:
+    def _targets(self, local: int, rank: int, row: Sequence[Step], duration: int) -> tuple[tuple[int, int], ...]:
         """Between two ranks messages match in order."""
-        incoming = {t.peer: iter([x for x in row[t.peer].receives if x.peer == rank]) for t in row[rank].sends}
-        return tuple((t.peer, self._transfer(local, next(incoming[t.peer]))) for t in row[rank].sends)
+        sends = [t for t in row[rank].sends if t.steps == duration]
+        incoming = {
+            t.peer: iter([x for x in row[t.peer].receives if x.peer == rank and x.steps == duration]) for t in sends
+        }
+        return tuple((t.peer, self._transfer(local, next(incoming[t.peer]))) for t in sends)
 
     def _fresh(self, local: int, kind: Kind, blocks: list[tuple[Block, Result]]) -> tuple[int, ...]:
         """A kernel carries its blocks as a whole: where some chunks carry, the new ones need something to carry."""

@@ -29,6 +29,7 @@ class Call:
     softmax_scale: float
     backend: str
     deterministic: bool
+    ranks_per_host: int | None = None
 
 
 def as_boundaries(cu_seqlens: torch.Tensor | Sequence[int] | None) -> list[int] | None:
@@ -76,6 +77,8 @@ def check_call(call: Call, seqlen: int) -> None:
     """Everything else that does not depend on other ranks; ``seqlen`` is the global length."""
     if call.method == "dist_flash" and call.layout != "contiguous":
         raise ValueError(f"expected layout 'contiguous' for dist_flash_attention, got {call.layout!r}")
+    if call.transfer == "double" and call.method != "ring":
+        raise ValueError(f"expected transfer 'double' with ring_attention only, got it with {call.method!r}")
     if call.window_size is not None:
         if call.window_size < 1:
             raise ValueError(f"expected window_size to be a positive int or None, got {call.window_size!r}")

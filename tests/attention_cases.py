@@ -23,10 +23,18 @@ class Method:
     transfer: str = "pull"
     owners: int | None = None
     """How many ranks' keys a step attends; by default as many as there are, for shards as short as these."""
+    hosts: int = 1
+    """For transfer "double"; of a number that they do not divide there is one rank on each."""
+
+    def ranks_per_host(self, world_size: int) -> int | None:
+        if self.transfer != "double":
+            return None
+        return 1 if world_size % self.hosts else world_size // self.hosts
 
     @property
     def name(self) -> str:
         name = f"{'dist_flash' if 'dist' in self.function else self.layout}-{self.transfer}"
+        name += f"-{self.hosts}-hosts" if self.transfer == "double" else ""
         return name if self.owners is None else f"{name}-by-{self.owners}"
 
 
@@ -43,6 +51,10 @@ METHODS = [
     Method("ring_attention", "zigzag", owners=1),
     Method("ring_attention", "zigzag", owners=2),
     Method("ring_attention", "striped", owners=3),
+    Method("ring_attention", "zigzag", "double", owners=1, hosts=2),
+    Method("ring_attention", "zigzag", "double", owners=2, hosts=2),
+    Method("ring_attention", "contiguous", "double", hosts=2),
+    Method("ring_attention", "striped", "double", owners=1, hosts=4),
 ]
 
 MASKS: dict[str, dict] = {
@@ -118,6 +130,8 @@ def _run(x: Inputs, method: Method, world_size: int, rank: int | None, **more) -
 
     group = seqpar_attn.LoopbackGroup(world_size) if rank is None else None
     q, k, v = (shard(t).requires_grad_() for t in (x.q, x.k, x.v))
+    per_host = method.ranks_per_host(world_size)
+    more = more if per_host is None else {"ranks_per_host": per_host} | more
     out, lse = getattr(seqpar_attn, method.function)(
         q,
         k,

@@ -21,14 +21,16 @@ from seqpar_attn.layout import get_layout
 # Shards are taken one by one: otherwise shards as short as these would all be fetched in one step.
 ZIGZAG = next(m for m in METHODS if m.name == "zigzag-pull-by-1")
 CHECKED = {
-    "ring_attention": ZIGZAG,
-    "dist_flash_attention": next(m for m in METHODS if m.name == "dist_flash-pull"),
+    "ring_attention": (ZIGZAG, {}),
+    "dist_flash_attention": (next(m for m in METHODS if m.name == "dist_flash-pull"), {}),
+    # Hosts are told apart by torchrun's variable.
+    "double ring": (next(m for m in METHODS if m.name == "zigzag-double-2-hosts-by-1"), {"ranks_per_host": None}),
 }
 
 
 def parity(seed: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for name, method in CHECKED.items():
+    for name, (method, more) in CHECKED.items():
         layout = get_layout(method.layout, world_size)
         for mask in ("causal", "packed"):
             torch.manual_seed(seed)  # the same whole sequence on every rank
@@ -36,7 +38,7 @@ def parity(seed: int) -> None:
             expected = {
                 key: layout.shard(value, rank, 2 if key == "lse" else 1).contiguous() for key, value in truth(x).items()
             }
-            results = run(x, method, world_size, rank)
+            results = run(x, method, world_size, rank, **more)
             check_exact(results, expected)
             worst = max((results[key] - expected[key]).abs().max().item() for key in NAMES)
             print(f"rank {rank} of {world_size}: {name} {mask}: {worst:.1e}", flush=True)

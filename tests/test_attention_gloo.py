@@ -45,6 +45,80 @@ def test_error_rule(pool, dtype):
         check_error_rule(unshard([results[i] for results in ranks], method), expected, single)
 
 
+class Together:
+    """Works as one, as NCCL has them."""
+
+    def __init__(self, works):
+        self.works = works
+
+    def wait(self):
+        for work in self.works:
+            work.wait()
+
+
+class Coalescing:
+    """Something that sends and receives, with NCCL's way to post several messages at once."""
+
+    group_name = "coalescing"
+
+    def __init__(self, way, *device):
+        self.way, self.device, self.works, self.sent = way, device, [], 0
+
+    def _start_coalescing(self, *device):
+        assert device == self.device and not self.works
+
+    def _end_coalescing(self, *device):
+        assert device == self.device
+        works, self.works = self.works, []
+        return Together(works)
+
+    def send(self, tensors, peer, tag):
+        self.sent += 1
+        self.works.append(self.way.send(tensors, peer, tag))
+
+    def recv(self, tensors, peer, tag):
+        self.works.append(self.way.recv(tensors, peer, tag))
+
+    def allreduce(self, tensors):
+        return self.way.allreduce(tensors)
+
+
+class Options:
+    pass
+
+
+def with_two_communicators(rank, world_size, x, method):
+    """As over NCCL: slow exchanges go through a communicator of their own, which has no device to be told."""
+    made = []
+
+    def nccl(store, rank, size, options):
+        made.append(Coalescing(dist.ProcessGroupGloo(store, rank, size, options._timeout)))
+        return made[-1]
+
+    nccl.Options = Options
+    group = Coalescing(dist.group.WORLD, torch.device("cpu"))
+    p2p = comm.communicator(comm.group_name(None), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+        patch.setattr(comm.P2P, "group", group)
+        patch.setattr(p2p, "_coalesces", True)
+        patch.setattr(comm, "communicator", lambda *_: p2p)
+        patch.setattr("seqpar_attn.autograd.communicator", lambda *_: p2p)
+        results = [run(x, method, world_size, rank) for _ in range(2)]
+    return results[1], group.sent, [slow.sent for slow in made]
+
+
+def test_slow_exchanges_have_a_communicator_of_their_own(pool):
+    x = make_inputs(2 * pool.world_size * 6)
+    method = next(m for m in METHODS if m.name == "zigzag-double-2-hosts-by-1")
+    ranks = pool.run(with_two_communicators, x, method)
+    check_exact(unshard([results for results, *_ in ranks], method), truth(x))
+    for _, sent, slow in ranks:
+        # Twice keys and values of one block, which take two steps; the sums that go back have one step in so small a
+        # ring.
+        assert sent > 0 and slow == ([4] if pool.world_size == 4 else [])
+
+
 def on_mesh(rank, world_size, x: Inputs):
     mesh = dist.init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("dp", "sp"))
     layout = seqpar_attn.Zigzag(world_size // 2)
@@ -99,6 +173,11 @@ MISMATCHES = {
     "method": ({"layout": "contiguous"}, {"layout": "contiguous", "method": "dist_flash_attention"}, "method"),
     "softcap": ({}, {"softcap": 3.0}, "softcap"),
     "transfer": ({}, {"transfer": "ring"}, "transfer"),
+    "hosts": (
+        {"transfer": "double", "ranks_per_host": 3},
+        {"transfer": "double", "ranks_per_host": 1},
+        "ranks_per_host",
+    ),
 }
 
 
@@ -123,6 +202,12 @@ BAD = {
     "layout": ({"layout": "spiral"}, "layout"),
     "backend": ({"backend": "fastest"}, "expected auto or one of"),
     "dropout": ({"dropout_p": 0.1}, "dropout"),
+    "hosts": ({"transfer": "double", "ranks_per_host": 2}, "to divide world_size 3, got 2"),
+    "hosts of none": ({"ranks_per_host": 3}, "with transfer 'double' and only then"),
+    "fraction of a host": ({"transfer": "double", "ranks_per_host": 1.5}, "ranks_per_host to be a positive int"),
+    "negative hosts": ({"transfer": "double", "ranks_per_host": -1}, "to divide world_size 3, got -1"),
+    "no hosts": ({"transfer": "double"}, "LOCAL_WORLD_SIZE"),
+    "hosts of others": ({"transfer": "double", "method": "dist_flash_attention"}, "with ring_attention only"),
     "dimensions": ({"q_shape": (8, 4, 16)}, "batch, seqlen"),
 }
 
@@ -167,6 +252,27 @@ def outsider(rank, world_size):
 
 def test_group_without_this_rank(three_ranks):
     assert three_ranks.run(outsider)[:2] == [(1, 6, 4, 16)] * 2
+
+
+def hosts_of_groups(rank, world_size):
+    found = []
+    for local, ranks in ((1, None), (3, None), (2, None), (2, [0, 2]), (2, [1, 2]), ("x", None)):
+        os.environ["LOCAL_WORLD_SIZE"] = str(local)
+        group = dist.new_group(ranks)
+        if ranks is None or rank in ranks:
+            try:
+                found.append(comm.find_ranks_per_host(comm.group_name(group)))
+            except ValueError as error:
+                found.append(str(error).partition(",")[0])
+    del os.environ["LOCAL_WORLD_SIZE"]
+    return found
+
+
+def test_hosts_of_groups(three_ranks):
+    """Ranks 0 and 1 on one host and rank 2 on another, among others."""
+    uneven, untold = "expected a group's ranks host by host", "expected ranks_per_host"
+    expected = [1, 3, uneven, 1, untold]
+    assert three_ranks.run(hosts_of_groups) == [expected, expected, [1, 3, uneven, 1, 1, untold]]
 
 
 def groups_come_and_go(rank, world_size):

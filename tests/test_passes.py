@@ -23,7 +23,7 @@ CALL = Call("ring", "pull", "zigzag", True, None, None, None, 0.25, "auto", Fals
 
 def plan_of(world_size=4, seqlen=96, call=CALL):
     plans._make_plan.cache_clear()  # so that no test finds another's passes
-    return plans.make_plan(call.method, call.transfer, call.layout, world_size, Mask(seqlen))
+    return plans.make_plan(call.method, call.transfer, call.layout, world_size, Mask(seqlen), call.ranks_per_host)
 
 
 def inputs_of(dtype=torch.float64, seqlen=96, batch=2):
@@ -49,7 +49,8 @@ def equal(got, expected):
 def test_rounded_gradients_replayed(method, batch):
     """In half precision dk and dv have accumulators, which are added to together."""
     name = method.function.removesuffix("_attention")
-    call = Call(name, method.transfer, method.layout, True, None, None, None, 0.25, "auto", False)
+    per_host = method.ranks_per_host(4)
+    call = Call(name, method.transfer, method.layout, True, None, None, None, 0.25, "auto", False, per_host)
     with keys_per_step((method.owners or 1 << 20) * 96 // 4):
         plan = plan_of(call=call)
     kernel = Recorded()

@@ -55,6 +55,9 @@ def test_spans_are_those_of_the_layouts(method, layout, world_size):
 def test_schedules_are_those_that_are_played(shard, backward):
     played = plan.make_plan("ring", "pull", "zigzag", 4, Mask(4 * shard))
     assert attention.schedule_of("ring", 4, shard, backward) == (played.backward if backward else played.forward)
+    played = plan.make_plan("ring", "double", "zigzag", 8, Mask(8 * shard), 4)
+    double = attention.schedule_of("double_ring", 8, shard, backward, 4)
+    assert double == (played.backward if backward else played.forward)
 
 
 @pytest.mark.parametrize(("nheads", "nheads_kv"), [(32, 32), (32, 8), (12, 2), (6, 3)])
@@ -293,6 +296,7 @@ def test_recomputing_costs_time_and_saves_memory():
 def test_the_best_plan_is_the_fastest_that_fits():
     choices = policies(MODELS["llama-3-8b"], 8)
     assert {p.method for p in choices} == {"ring", "dist_flash", "ulysses", "usp"}
+    assert {p.method for p in policies(MODELS["llama-3-8b"], 16)} - {p.method for p in choices} == {"double_ring"}
     best = best_plan(MODELS["llama-3-8b"], H100, EIGHT, 1 << 20, choices)
     assert best.fits
     for policy in choices:

@@ -89,7 +89,14 @@ def test_a_replayed_pass_is_a_pass(method, world_size, documents, interleaved):
     name = method.function.removesuffix("_attention")
     call = Call(name, method.transfer, method.layout, True, None, documents, None, 0.25, "auto", False)
     with keys_per_step((method.owners or 1 << 20) * seqlen // world_size):
-        plan = make_plan(name, method.transfer, method.layout, world_size, Mask(seqlen, True, None, documents))
+        plan = make_plan(
+            name,
+            method.transfer,
+            method.layout,
+            world_size,
+            Mask(seqlen, True, None, documents),
+            method.ranks_per_host(world_size),
+        )
     kernel = Recorded()
     # Nothing of an earlier pass may be used: three passes, all inputs alive.
     alive = [_inputs(seqlen, interleaved) for _ in range(3)]

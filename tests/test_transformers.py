@@ -241,6 +241,11 @@ def test_virtual_ranks_and_disable():
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     logits = seqpar_attn.gather(logits, "zigzag", group)
     torch.testing.assert_close(logits, whole, rtol=TOLERANCE, atol=TOLERANCE)
+    group = seqpar_attn.LoopbackGroup(4)
+    enabled = enable(model, group, backend="reference", transfer="double", ranks_per_host=2)
+    batch = seqpar_attn.shard_batch(ids(), group=group)
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    torch.testing.assert_close(seqpar_attn.gather(logits, "zigzag", group), whole, rtol=TOLERANCE, atol=TOLERANCE)
     enabled.disable()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model(input_ids=ids(), use_cache=False).logits, whole)
@@ -255,6 +260,9 @@ def test_refused():
         enable(build("llama"), (seqpar_attn.LoopbackGroup(2), seqpar_attn.LoopbackGroup(2)))
     with pytest.raises(ValueError, match="expected no transfer for method 'ulysses', got 'ring'"):
         enable(build("llama"), method="ulysses", transfer="ring")
+    for method, hosts in (("dist_flash", {"transfer": "double"}), ("ulysses", {"ranks_per_host": 2})):
+        with pytest.raises(ValueError, match="expected transfer 'double' and ranks_per_host with method 'ring' only"):
+            enable(build("llama"), method=method, **hosts)
     model = build("llama")
     enable(model, seqpar_attn.LoopbackGroup(3), method="ulysses")
     with pytest.raises(ValueError, match="expected nheads divisible by the 3 ranks that exchange heads, got 4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import socket
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from .base import Arena, CommunicationError, Communicator, Message, agree
+from .base import Arena, CommunicationError, Communicator, Handle, Message, agree
 from .gpu_memory import GpuMemory
 from .loopback import Loopback, LoopbackGroup
 from .p2p import P2P
@@ -26,11 +27,13 @@ __all__ = [
     "CommunicationError",
     "Communicator",
     "Group",
+    "Handle",
     "Loopback",
     "LoopbackGroup",
     "Message",
     "agree",
     "communicator",
+    "find_ranks_per_host",
     "group_name",
     "set_transport",
 ]
@@ -57,6 +60,24 @@ def group_name(group: Group) -> str:
     if dist.get_rank(group) < 0:
         raise ValueError("expected a group with this rank, got one without it")
     return group.group_name
+
+
+def find_ranks_per_host(name: str) -> int:
+    """How many ranks on each host the named group has, by torchrun's ``LOCAL_WORLD_SIZE``.
+
+    ValueError for virtual ranks, without that variable, and where the group's ranks are not numbered host by host with
+    the same number on each.
+    """
+    if name.startswith("loopback:"):
+        raise ValueError("expected ranks_per_host for virtual ranks, which have no hosts, got None")
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not local.isdecimal() or not int(local):
+        raise ValueError(f"expected ranks_per_host, or torchrun's LOCAL_WORLD_SIZE to tell it, got None and {local!r}")
+    hosts = [rank // int(local) for rank in dist.get_process_group_ranks(_resolve_process_group(name))]  # type: ignore[arg-type]
+    counts = {host: hosts.count(host) for host in hosts}
+    if len(set(counts.values())) > 1 or hosts != sorted(hosts):
+        raise ValueError(f"expected a group's ranks host by host, as many on each, got ranks on the hosts {hosts}")
+    return counts[hosts[0]]
 
 
 @functools.lru_cache(maxsize=256)

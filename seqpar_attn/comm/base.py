@@ -45,12 +45,21 @@ class Communicator(Protocol):
     world_size: int
     local_ranks: tuple[int, ...]
 
-    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> Handle:
+    def exchange(
+        self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
+    ) -> Handle:
         """Start transfers; one list per local rank. Between two ranks messages match in order.
 
         The transfers start after the work already on the compute stream. Until ``wait`` nobody may write what is sent
         or touch what is received. Raises CommunicationError, also from ``wait``, when a peer is gone or too late.
+
+        Several exchanges may be in flight. ``slow`` ones take long, so others must not have to wait in line behind
+        them. Slow ones are waited for in the order in which they began, and so are the others.
         """
+        ...
+
+    def open_slow(self) -> None:
+        """Make ready for slow exchanges. All ranks call it, before the first of them; again it does nothing."""
         ...
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:

@@ -54,7 +54,7 @@ class GpuMemory:
         self._arena_handle: Any = None
         self._arena, self._arena_bases = torch.empty(0, dtype=torch.uint8, device=device), [0] * self.world_size
         self._flags_handle: Any = None
-        self._flags, self._flag_bases, self._flags_handle = self._mapped(8 * self.world_size)
+        self._flags, self._flag_bases, self._flags_handle = self._mapped(16 * self.world_size)
         self._there: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         # The exchanges that the stream began and ended, as it says itself.
         self._progress = torch.zeros(2, dtype=torch.int32).pin_memory()
@@ -162,5 +162,5 @@ class GpuMemory:
         self._given_up[self.rank].fill_(1)
         aside = self._aside.cuda_stream
         fill(aside, self._arena_bases[self.rank], self._arena.numel(), 0xFF)  # NaN as any float
-        for flag in range(2 * self.world_size):
+        for flag in range(4 * self.world_size):
             write_flag(aside, self._flag_bases[self.rank] + 4 * flag, self._exchanges + _BEYOND)

@@ -43,6 +43,10 @@ class Handshake:
     def _key(self, call: int, rank: int) -> str:
         return f"seqpar_attn/{self.name}/{call}/{rank}"
 
+    def unique(self, what: str) -> str:
+        """A name for keys of the store that is new, and one on all ranks as long as they make the same calls."""
+        return f"seqpar_attn/{self.name}/{self._calls[self.name]}/{what}"
+
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> bool:
         """Whether the ranks really talked (False: this description was agreed on before). See Communicator.agree."""
         call = self._calls[self.name]

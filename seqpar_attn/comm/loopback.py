@@ -53,7 +53,9 @@ class Loopback:
         self.local_ranks = tuple(range(world_size))
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Done | _Event:
+    def exchange(
+        self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
+    ) -> _Done | _Event:
         sent: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
         for rank, messages in enumerate(sends):
             for peer, tensor in messages:
@@ -77,6 +79,9 @@ class Loopback:
             event = torch.cuda.Event()
             event.record(stream)
         return _Event(device, event, [tensor for pair in copies for tensor in pair])
+
+    def open_slow(self) -> None:
+        pass
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if error is not None:

@@ -6,6 +6,9 @@ threads of its own. Either way the transfers of step t + 1 are in flight while s
 NCCL moves data with thread blocks, and a persistent kernel of attention that has every multiprocessor keeps them out
 until it ends: seen in a trace, the transfers then stand between the steps instead of under them. So the compute stream
 is held back by a few microseconds, until they have begun (:class:`_Ahead`).
+
+NCCL's transfers of one communicator follow each other on one stream. Slow ones, which are in flight for several steps,
+have a communicator of their own, lest those of the next step wait for them; gloo only gives them other tags.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -47,6 +52,13 @@ class _Pending:
         for target, buffer in self.unpack:
             target.copy_(buffer)
         self.works, self.outgoing, self.incoming, self.unpack = [], [], [], []
+
+
+_SLOW_TAGS = 1 << 20
+"""More than there are messages between two ranks in a step."""
+
+_slow: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+"""NCCL's communicators for slow exchanges. They go with their groups, whose stores they hold."""
 
 
 class P2P:
@@ -89,6 +101,20 @@ class P2P:
         )
         self._connected = device.type == "cpu" or self._staged
 
+    def open_slow(self) -> None:
+        group = self.group
+        if not self._coalesces or group in _slow:
+            return
+        assert group is not None
+        # Not by new_group, for which ranks outside of this group would have to come, too.
+        options: Any = dist.ProcessGroupNCCL.Options()
+        options._timeout = self.timeout
+        options.group_name = f"{group.group_name}/slow"
+        store = dist.PrefixStore(self._handshake.unique("slow"), dist.distributed_c10d._get_default_store())
+        slow: Any = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+        _slow[group] = slow
+        slow.allreduce([torch.zeros(1, device=self.device)]).wait()  # connects all ranks, as in agree
+
     @property
     def group(self) -> dist.ProcessGroup | None:
         """None once it has been destroyed."""
@@ -101,7 +127,9 @@ class P2P:
             dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
             self._connected = True
 
-    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Pending:
+    def exchange(
+        self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
+    ) -> _Pending:
         unpack = []
         there = torch.device("cpu") if self._staged else self.device
         outgoing = [(peer, tensor.contiguous().to(there)) for peer, tensor in sends[0]]
@@ -115,29 +143,36 @@ class P2P:
         works: list[dist.Work] = []
         try:
             if outgoing or incoming:
-                works = self._post(outgoing, incoming, works)
+                works = self._post(outgoing, incoming, works, slow)
         except RuntimeError as cause:
             number = None if self._coalesces else len(works)
             raise _failed(self.rank, outgoing, incoming, cause, number) from cause
         return _Pending(self.rank, works, outgoing, incoming, unpack)
 
     def _post(
-        self, outgoing: Sequence[Message], incoming: Sequence[Message], works: list[dist.Work]
+        self, outgoing: Sequence[Message], incoming: Sequence[Message], works: list[dist.Work], slow: bool
     ) -> list[dist.Work]:
         """``works`` has what was posted even after an error. Tags count the messages between two ranks, so that gloo
         matches them in order whatever its threads do."""
         group = self.group
         assert group is not None
+        way: Any = group  # a group, or a backend by itself, which knows its device
+        on = [self.device]
+        first_tag = 0
+        if slow and self._coalesces:
+            way, on = _slow[group], []
+        elif slow:
+            first_tag = _SLOW_TAGS
         if self._coalesces:
-            group._start_coalescing(self.device)
-        for post, messages in ((group.send, outgoing), (group.recv, incoming)):
+            way._start_coalescing(*on)
+        for post, messages in ((way.send, outgoing), (way.recv, incoming)):
             counts: dict[int, int] = {}
             for peer, tensor in messages:
-                tag = counts.get(peer, 0)
+                tag = counts.get(peer, first_tag)
                 counts[peer] = tag + 1
                 works.append(post([tensor], peer, tag))
         if self._coalesces:
-            works = [group._end_coalescing(self.device)]  # one work for all
+            works = [way._end_coalescing(*on)]  # one work for all
         if self._ahead is not None:
             self._ahead()
         return works

@@ -57,7 +57,7 @@ class SharedMemory:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._arenas: list[torch.Tensor] = []
         self._queue: list[Callable[[], None]] = []
-        self._flags = shared_tensors(group, "flags", 2 * self.world_size, torch.int32)
+        self._flags = shared_tensors(group, "flags", 4 * self.world_size, torch.int32)
 
     def allocate(self, size: int) -> torch.Tensor:
         group = self._group()

@@ -7,8 +7,8 @@ data, so that neither the host nor a multiprocessor takes part, and a persistent
 transfer waiting (docs/communication.md).
 
 No exchange can wait for ever on a rank that is at an earlier step: a rank says "ready" for a step before it waits for
-anything in it, and what it waits for in earlier steps its peers have posted by then. A peer that is gone is the
-fabric's to notice.
+anything in it, and what it waits for in earlier steps its peers have posted by then. Slow exchanges are waited for in
+one order on every rank, too. A peer that is gone is the fabric's to notice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .p2p import P2P
 class Fabric(Protocol):
     """Memory that all ranks of a group map, and a queue of one rank's copies and flags, beside the compute stream.
 
-    Flags are 32-bit counters, ``2 * world_size`` of them per rank, that only grow.
+    Flags are 32-bit counters, ``4 * world_size`` of them per rank, that only grow.
     """
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -95,9 +95,10 @@ class Symmetric:
         self.local_ranks: tuple[int, ...] = base.local_ranks
         self.rank = base.local_ranks[0]
         self.arena = GrowingArena(fabric)
-        self._sent: dict[int, int] = defaultdict(int)
-        self._expected: dict[int, int] = defaultdict(int)
-        """Exchanges with a peer so far in which it gets something, or sends something."""
+        self._sent: dict[tuple[int, bool], int] = defaultdict(int)
+        self._expected: dict[tuple[int, bool], int] = defaultdict(int)
+        """Exchanges with a peer so far in which it gets something, or sends something. Slow ones have counters of their
+        own, because others that begin later may end earlier."""
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -106,31 +107,38 @@ class Symmetric:
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         self.base.agree(fields, error)
 
+    def open_slow(self) -> None:
+        pass
+
     def exchange(
         self,
         sends: Sequence[Sequence[Message]],
         receives: Sequence[Sequence[Message]],
         targets: Sequence[Sequence[Message]] | None = None,
         where: str = "an exchange",
+        *,
+        slow: bool = False,
     ) -> Handle:
         """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's."""
         if targets is None:
-            return self.base.exchange(sends, receives)
-        fabric, arrived = self.fabric, self.world_size
+            return self.base.exchange(sends, receives, slow=slow)
+        fabric = self.fabric
+        ready = 2 * self.world_size if slow else 0
+        arrived = ready + self.world_size
         messages: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for (peer, source), (_, target) in zip(sends[0], targets[0], strict=True):
             messages[peer].append((target, source))
         sources = dict.fromkeys(peer for peer, _ in receives[0])
         fabric.begin(where)
         for peer in sources:
-            self._expected[peer] += 1
-            fabric.tell(peer, self.rank, self._expected[peer])
+            self._expected[peer, slow] += 1
+            fabric.tell(peer, ready + self.rank, self._expected[peer, slow])
         for peer, copies in messages.items():
-            self._sent[peer] += 1
-            fabric.await_own(peer, self._sent[peer], peer)
+            self._sent[peer, slow] += 1
+            fabric.await_own(ready + peer, self._sent[peer, slow], peer)
             for target, source in copies:
                 fabric.copy(fabric.there(peer, target), source)
-            fabric.tell(peer, arrived + self.rank, self._sent[peer])
+            fabric.tell(peer, arrived + self.rank, self._sent[peer, slow])
         for peer in sources:
-            fabric.await_own(arrived + peer, self._expected[peer], peer)
+            fabric.await_own(arrived + peer, self._expected[peer, slow], peer)
         return fabric.end()

@@ -41,8 +41,8 @@ class SequenceParallelTrainer(Trainer):
     logged losses are those of one device up to rounding.
 
     Args:
-        method, layout, backend, deterministic, transfer: see ``seqpar_attn.integrations.transformers.enable``, which is
-            called on the model.
+        method, layout, backend, deterministic, transfer, ranks_per_host: see
+            ``seqpar_attn.integrations.transformers.enable``, which is called on the model.
         all others: the Trainer's.
 
     Raises:
@@ -59,6 +59,7 @@ class SequenceParallelTrainer(Trainer):
         backend: str = "auto",
         deterministic: bool = False,
         transfer: str = "pull",
+        ranks_per_host: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -76,6 +77,7 @@ class SequenceParallelTrainer(Trainer):
             backend=backend,
             deterministic=deterministic,
             transfer=transfer,
+            ranks_per_host=ranks_per_host,
         )
         self._evaluated: torch.Tensor | None = None
 

@@ -136,6 +136,7 @@ def enable(
     backend: str = "auto",
     deterministic: bool = False,
     transfer: str = "pull",
+    ranks_per_host: int | None = None,
 ) -> Enabled:
     """Give ``model`` attention over a sequence that is split over the ranks of ``group``.
 
@@ -154,7 +155,8 @@ def enable(
         layout: how the sequence is split over the ranks (over the ring of "usp"); by default "zigzag" for "ring" and
             "usp", "contiguous" for the others. What ``shard_batch`` takes is the handle's ``settings.layout``: for
             "usp" with rows of two ranks "zigzag/2".
-        backend, deterministic, transfer: see :func:`seqpar_attn.ring_attention`; Ulysses has no ``transfer``.
+        backend, deterministic, transfer, ranks_per_host: see :func:`seqpar_attn.ring_attention`; Ulysses has no
+            ``transfer``, and only "ring" has "double" with its ``ranks_per_host``.
 
     Returns:
         A handle whose ``disable()`` undoes this. A model that is enabled already gets the new settings.
@@ -172,7 +174,14 @@ def enable(
     if (grid is not None) != (method == "usp"):
         kind = "a mesh of two dimensions (ring, Ulysses) or a pair of groups" if method == "usp" else "one group"
         raise ValueError(f"expected {kind} for method {method!r}, got {group!r}")
-    options = dict(layout=chosen, backend=backend, deterministic=deterministic)
+    options: dict[str, Any] = dict(layout=chosen, backend=backend, deterministic=deterministic)
+    if method == "ring":
+        options["ranks_per_host"] = ranks_per_host
+    elif ranks_per_host is not None or transfer == "double":
+        raise ValueError(
+            f"expected transfer 'double' and ranks_per_host with method 'ring' only, got transfer {transfer!r} and "
+            f"ranks_per_host {ranks_per_host!r} with {method!r}"
+        )
     if method != "ulysses":
         options["transfer"] = transfer
     elif transfer != "pull":

@@ -1,7 +1,8 @@
 """What one layer's attention costs on one GPU of many: schedules, simulated with kernels' rates and links' bandwidths.
 
 Rings of more than ``LARGEST`` ranks are not simulated: with a fixed shard every step of a ring costs the same, so the
-makespan grows by the same time with every rank, and two smaller rings tell it (``tests/test_planner.py`` compares).
+makespan grows by the same time with every rank (or every node of them), and two smaller rings tell it
+(``tests/test_planner.py`` compares).
 """
 
 from __future__ import annotations
@@ -49,12 +50,21 @@ def spans(method: str, world_size: int, shard: int) -> tuple[tuple[Span, ...], .
 
 
 @functools.lru_cache(maxsize=64)
-def schedule_of(method: str, world_size: int, shard: int, backward: bool) -> Schedule:
-    """As :mod:`seqpar_attn.plan` would make it for a causal mask."""
+def schedule_of(method: str, world_size: int, shard: int, backward: bool, per_node: int = 1) -> Schedule:
+    """As :mod:`seqpar_attn.plan` would make it for a causal mask; ``per_node`` matters to "double_ring" only."""
     name = "dist_flash" if method == "dist_flash" else "ring"
+    double = method == "double_ring"
     owners = max(1, KEYS_PER_STEP // max(1, shard))
     mask = Mask(world_size * shard)
-    return build_schedule(name, spans(name, world_size, shard), mask, backward=backward, owners_per_step=owners)
+    return build_schedule(
+        name,
+        spans(name, world_size, shard),
+        mask,
+        backward=backward,
+        transfer="double" if double else "pull",
+        owners_per_step=owners,
+        ranks_per_host=per_node if double else None,
+    )
 
 
 def key_copies(heads: int, kv_heads: int, ulysses: int) -> int:
@@ -89,13 +99,10 @@ def _simulate(
     method: str, world_size: int, shard: int, backward: bool, heads: _Heads, gpu: Gpu, cluster: Cluster, stride: int
 ) -> Cost:
     """A ring whose rank r is GPU ``r * stride`` of the cluster."""
-    schedule = schedule_of(method, world_size, shard, backward)
+    schedule = schedule_of(method, world_size, shard, backward, cluster.per_node)
     rates, _ = gpu.attention_of(heads.query // heads.count)
     curve = rates.backward if backward else rates.forward
     bytes_per_token = heads.bytes_per_token(backward)
-    # Every pair of nodes exchanges each shard once in a double ring, not once per GPU of a node: the same as a ring
-    # over adapters that are faster by the GPUs of a node, up to the link inside.
-    faster = cluster.per_node if method == "double_ring" else 1
 
     def launch_seconds(tasks: list[Task]) -> float:
         pairs = sum(task.area for task in tasks)
@@ -110,14 +117,15 @@ def _simulate(
         return seconds
 
     def bandwidth(source: int, target: int) -> float:
-        gbps = cluster.gbps(source * stride, target * stride)
-        inside = cluster.link.gbps
-        return 1e9 * (gbps if gbps == inside else min(inside, faster * gbps))
+        return 1e9 * cluster.gbps(source * stride, target * stride)
+
+    def node(rank: int) -> int:
+        return cluster.node(rank * stride)
 
     latency = (cluster.link if cluster.nodes == 1 else cluster.between).latency_us * 1e-6
     priced = Rates(1.0, bytes_per_token, latency=latency)
     free = Rates(1.0, dict.fromkeys(bytes_per_token, 0.0))
-    found = simulate_schedule(schedule, priced, step_seconds=step_seconds, bandwidth=bandwidth)
+    found = simulate_schedule(schedule, priced, step_seconds=step_seconds, bandwidth=bandwidth, host=node)
     alone = simulate_schedule(schedule, free, step_seconds=step_seconds)
     sent = [0.0] * world_size
     for row in schedule.steps:

@@ -78,8 +78,10 @@ def _attention(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, backwa
     ulysses = degree(model, cluster.gpus, policy)
     copies = key_copies(model.heads, model.kv_heads, ulysses)
     key = s.key * copies
-    # A longer ring needs no more slots: what one held is gone a few steps later.
-    schedule = schedule_of(policy.method, min(cluster.gpus // ulysses, 16), s.tokens * ulysses, backward)
+    # A longer ring needs no more slots: what one held is gone a few steps, or turns of an inner ring, later.
+    most = 4 * cluster.per_node if policy.method == "double_ring" else 16
+    world_size = min(cluster.gpus // ulysses, most)
+    schedule = schedule_of(policy.method, world_size, s.tokens * ulysses, backward, cluster.per_node)
     parts = _ring_buffers(s, key, schedule, backward)
     parts["attention: operands"] = (2 if backward else 1) * s.query + 2 * s.key
     if ulysses > 1:

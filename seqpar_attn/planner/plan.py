@@ -8,7 +8,7 @@ from itertools import product
 from .hardware import GPUS_PER_NODE, LINKS, Gpu, Link
 from .memory import RESERVED, Memory, predict_memory
 from .models import Model
-from .policy import ACTIVATIONS, ATTENTION, PLAYED, Cluster, Policy, exchanges
+from .policy import ACTIVATIONS, ATTENTION, METHODS, Cluster, Policy, exchanges
 from .step import Step, predict_step
 
 TILES = (None, 16384)
@@ -108,7 +108,7 @@ def policies(
 ) -> list[Policy]:
     """Every policy that "best" leaves open and the model's heads allow."""
     found = []
-    for name in PLAYED if method == "best" else (method,):
+    for name in METHODS if method == "best" else (method,):
         degrees: list[int | None] = [ulysses]
         if name == "usp" and ulysses is None:
             degrees = [n for n in exchanges(model, gpus) if 1 < n < gpus and n <= GPUS_PER_NODE]
@@ -120,6 +120,8 @@ def policies(
                 )
         if name == "ulysses" and method == "best" and gpus not in exchanges(model, gpus):
             continue
+        if name == "double_ring" and method == "best" and gpus <= GPUS_PER_NODE:
+            continue  # one node's is the ring
         for d, a, h, t in product(
             degrees,
             ATTENTION if attention == "best" else (attention,),

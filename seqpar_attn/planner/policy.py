@@ -8,8 +8,7 @@ from .hardware import GPUS_PER_NODE, Link
 from .models import Model
 
 METHODS = ("ring", "dist_flash", "ulysses", "usp", "double_ring")
-"""``double_ring``: a ring of nodes around a ring of GPUs. It is priced, but not played by this package."""
-PLAYED = METHODS[:-1]
+"""``double_ring``: a ring of nodes around a ring of GPUs, which is ``ring_attention(transfer="double")``."""
 ATTENTION = ("save", "offload", "recompute")
 ACTIVATIONS = ("keep", "offload")
 
@@ -66,8 +65,11 @@ class Cluster:
     def nodes(self) -> int:
         return self.gpus // self.per_node
 
-    def gbps(self, rank: int, other: int) -> float:
-        return (self.link if rank // self.per_node == other // self.per_node else self.between).gbps
+    def node(self, gpu: int) -> int:
+        return gpu // self.per_node
+
+    def gbps(self, gpu: int, other: int) -> float:
+        return (self.link if self.node(gpu) == self.node(other) else self.between).gbps
 
 
 def exchanges(model: Model, gpus: int) -> list[int]:

@@ -11,96 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..mask import Mask, MaskKind, Span, pairs_up_to
+from ..mask import Mask, Span
+from .blocks import Blocks
 from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, consecutive, joinable
-
-Placement = list[list[list[tuple[Block, Block]]]]
-"""``[step][rank]`` -> (query block, key block) pairs."""
+from .placement import Placement, dist_flash_placement, ring_placement
 
 METHODS = ("ring", "dist_flash")
-TRANSFERS = ("pull", "ring", "all_gather")
-
-
-def ring_placement(shards: list[Block], owners_per_step: int) -> Placement:
-    """Ring attention (Liu et al. 2023): rank r attends its own keys, then those of r - 1, r - 2, ..., some per step."""
-    world_size = len(shards)
-    ranks = range(world_size)
-    steps = [range(t, min(t + owners_per_step, world_size)) for t in range(1, world_size, owners_per_step)]
-    return [[[(shards[r], shards[(r - t) % world_size]) for t in step] for r in ranks] for step in [range(1), *steps]]
-
-
-def dist_flash_placement(shards: list[Block]) -> Placement:
-    """DistFlashAttn's balanced causal schedule (Li et al. 2023) on contiguous shards, complete for every world size.
-
-    Rank r at step t attends the keys of rank r - t if there is one, else it helps rank W + r - t: that rank's queries
-    on its own keys. Helping covers the distances W - t, so at odd W it goes on to the last step (W - 1) / 2; at even
-    W the last distance W / 2 belongs to both ranks of a pair, which take half of its queries each.
-    """
-    world_size = len(shards)
-    placement: Placement = [[[(shard, shard)] for shard in shards]]
-    for t in range(1, world_size // 2 + 1):
-        row: list[list[tuple[Block, Block]]] = []
-        for r in range(world_size):
-            helping = r < t
-            query = shards[world_size + r - t] if helping else shards[r]
-            key = shards[r] if helping else shards[r - t]
-            if 2 * t == world_size:
-                half = len(query.chunks) // 2
-                query = Block(query.owner, query.chunks[:half] if helping else query.chunks[half:])
-            row.append([(query, key)])
-        placement.append(row)
-    return placement
-
-
-class _Blocks:
-    """Areas and mask kinds of blocks, for one layout and mask."""
-
-    def __init__(self, mask: Mask, spans: tuple[tuple[Span, ...], ...]):
-        self.mask = mask
-        self.span = [span for rank in spans for span in rank]
-        self._areas: dict[tuple[int, int], int] = {}
-
-    def area(self, query: int, key: int) -> int:
-        pair = (query, key)
-        if pair not in self._areas:
-            self._areas[pair] = self.mask.area(self.span[query], self.span[key])
-        return self._areas[pair]
-
-    def prune(self, query: Block, key: Block) -> tuple[Block, Block] | None:
-        """The smallest sub-blocks that hold every non-empty pair; None when there is none."""
-        pairs = [(i, j) for i in query.chunks for j in key.chunks if self.area(i, j)]
-        if not pairs:
-            return None
-        q_used, k_used = {i for i, _ in pairs}, {j for _, j in pairs}
-        q_chunks = tuple(i for i in query.chunks if min(q_used) <= i <= max(q_used))
-        k_chunks = tuple(j for j in key.chunks if min(k_used) <= j <= max(k_used))
-        return Block(query.owner, q_chunks), Block(key.owner, k_chunks)
-
-    def _joined(self, block: Block) -> Span | None:
-        """The block as one span, if its chunks follow each other in the sequence."""
-        whole = self.span[block.chunks[0]]
-        for chunk in block.chunks[1:]:
-            if not whole.followed_by(self.span[chunk]):
-                return None
-            whole = replace(whole, length=whole.length + self.span[chunk].length)
-        return whole
-
-    def task(self, query: Block, key: Block) -> Task:
-        area = sum(self.area(i, j) for i in query.chunks for j in key.chunks)
-        seqlen_q, seqlen_k = (sum(self.span[c].length for c in block.chunks) for block in (query, key))
-        if area == seqlen_q * seqlen_k:
-            return Task(query, key, MaskKind.FULL, 0, area)
-        # The mask allows no more than causality does, so an equal area means the same set of pairs.
-        if self.mask.causal:
-            joined_q, joined_k = self._joined(query), self._joined(key)
-            offset = None
-            if query.chunks == key.chunks:
-                offset = 0
-            elif joined_q is not None and joined_k is not None:
-                offset = (joined_q.start - joined_k.start) // joined_q.stride
-            if offset is not None and area == pairs_up_to(0, seqlen_q, 0, seqlen_k, offset):
-                return Task(query, key, MaskKind.CAUSAL, offset, area)
-        return Task(query, key, MaskKind.INTERVAL, 0, area)
+TRANSFERS = ("pull", "ring", "all_gather", "double")
+MOST_OWNERS_OF_DOUBLE = 2
+"""With more per step a turn of the inner ring would be too short for chains of partial sums: more of them would be
+added by kernels of their own, from more buffers, and simulation has that slower or no faster."""
 
 
 @dataclass
@@ -117,6 +37,14 @@ class _Slot:
         self.first, self.last = min(self.first, step), max(self.last, step)
 
 
+@dataclass(frozen=True, eq=False)
+class _End:
+    """The last one so far of those that add to a partial result: complete after ``step``, in ``slot``."""
+
+    step: int
+    slot: _Slot
+
+
 @dataclass
 class _Message:
     step: int
@@ -127,16 +55,25 @@ class _Message:
     target: int
     source_slot: _Slot | None
     target_slot: _Slot
+    steps: int
 
 
 class _Builder:
-    """Routes one placement. Tasks are kept mutable as [task, query slot, key slot, query result, key result]."""
+    """Routes one placement. What crosses between hosts takes up to ``slack`` steps."""
 
-    def __init__(self, spans: tuple[tuple[Span, ...], ...], mask: Mask, placement: Placement, backward: bool):
-        self.world_size = len(spans)
+    def __init__(
+        self,
+        spans: tuple[tuple[Span, ...], ...],
+        mask: Mask,
+        placement: Placement,
+        backward: bool,
+        ranks_per_host: int,
+        slack: int,
+    ):
+        self.world_size, self.ranks_per_host, self.slack = len(spans), ranks_per_host, slack
         self.result_kinds = (Kind.DQ, Kind.DKV) if backward else (Kind.OUT,)
         """The first is what queries accumulate, the second what keys do."""
-        self.blocks = _Blocks(mask, spans)
+        self.blocks = Blocks(mask, spans)
         self.messages: list[_Message] = []
         self.slots: list[_Slot] = []
         self.runs: list[list[_Slot]] = []
@@ -144,8 +81,8 @@ class _Builder:
         self.slot_of: dict[tuple[int, int, int, Kind], _Slot] = {}
         """(step, rank, task index, kind) -> slot of that task's operand or result."""
         self.carried: dict[tuple[int, int, int, Kind], set[int]] = defaultdict(set)
-        self.merges: dict[tuple[int, int], list[tuple[Kind, int, int, _Slot]]] = defaultdict(list)
-        """(step, rank) -> (kind, owner, chunk, slot) to merge."""
+        self.merges: dict[tuple[int, int], list[tuple[Kind, int, int, _Slot, _Slot | None]]] = defaultdict(list)
+        """(step, rank) -> (kind, owner, chunk, slot) to merge, into another slot or the rank's own accumulator."""
         self.tasks: list[list[list[Task]]] = []
         for row in placement:
             pruned = [[self.blocks.prune(q, k) for q, k in cell] for cell in row]
@@ -165,29 +102,65 @@ class _Builder:
         self.slots.append(slot)
         return slot
 
-    def send(self, step: int, kind: Kind, block: Block, source: int, source_slot: _Slot | None, slot: _Slot) -> None:
-        slot.use(step)
-        if source_slot is not None:
-            source_slot.use(step)
+    def host(self, rank: int) -> int:
+        return rank // self.ranks_per_host
+
+    def send(
+        self, step: int, kind: Kind, block: Block, source: int, source_slot: _Slot | None, slot: _Slot, steps: int = 1
+    ) -> None:
+        for used in (slot, source_slot):
+            if used is not None:
+                used.use(step)
+                used.use(step + steps - 1)
         for chunk in block.chunks:
-            self.messages.append(_Message(step, kind, block.owner, chunk, source, slot.rank, source_slot, slot))
+            self.messages.append(_Message(step, kind, block.owner, chunk, source, slot.rank, source_slot, slot, steps))
 
     # Operands ---------------------------------------------------------------------------------------------------
 
     def pull(self, kind: Kind) -> None:
-        """Every operand straight from its owner, in the step before its use."""
+        """Every operand in the step before its use: from its owner, or from who fetched it for all of this host."""
         wanted: dict[tuple[int, int, int], list[tuple[int, Block]]] = defaultdict(list)
         for step, rank, index, task in self.all_tasks():
             block = task.key if kind is Kind.KV else task.query
             if block.owner != rank:
                 wanted[step, rank, block.owner].append((index, block))
+        unions = {key: {chunk for _, block in uses for chunk in block.chunks} for key, uses in wanted.items()}
+        fetched = self.fetch(kind, unions)
         for (step, rank, owner), uses in wanted.items():
-            slot = self.new_slot(rank, kind, step - 1)
+            slot = source_slot = fetched.get((owner, self.host(rank)))
+            if step == 1 and (slot is None or slot.rank != rank):
+                source_slot = None  # nobody has fetched it yet
+            if slot is None or slot.rank != rank:
+                source = owner if source_slot is None else source_slot.rank
+                slot = self.new_slot(rank, kind, step - 1)
+                block = Block(owner, tuple(sorted(unions[step, rank, owner])))
+                self.send(step - 1, kind, block, source, source_slot, slot)
             slot.use(step)
-            union = tuple(sorted({chunk for _, block in uses for chunk in block.chunks}))
-            self.send(step - 1, kind, Block(owner, union), owner, None, slot)
             for index, _ in uses:
                 self.slot_of[step, rank, index, kind] = slot
+
+    def fetch(self, kind: Kind, wanted: dict[tuple[int, int, int], set[int]]) -> dict[tuple[int, int], _Slot]:
+        """What ranks read of another host's rank crosses to their host once: to the one of them that has the owner's
+        number, so that all of a host's adapters share the work, or to the only one that reads it.
+
+        ``wanted``: (step, rank, owner) -> chunks. Returns (owner, reading host) -> where it is.
+        """
+        reads: dict[tuple[int, int], list[tuple[int, int, set[int]]]] = defaultdict(list)
+        for (step, rank, owner), chunks in wanted.items():
+            if self.host(rank) != self.host(owner):
+                reads[owner, self.host(rank)].append((step, rank, chunks))
+        fetched = {}
+        for (owner, host), found in reads.items():
+            readers = {rank for _, rank, _ in found}
+            entry = host * self.ranks_per_host + owner % self.ranks_per_host if len(readers) > 1 else readers.pop()
+            served = [(step - (rank != entry), chunks) for step, rank, chunks in found if step > 1 or rank == entry]
+            if served:
+                needed = min(step for step, _ in served)
+                begin = max(0, needed - self.slack)
+                slot = fetched[owner, host] = self.new_slot(entry, kind, begin)
+                block = Block(owner, tuple(sorted(set().union(*(chunks for _, chunks in served)))))
+                self.send(begin, kind, block, owner, None, slot, needed - begin)
+        return fetched
 
     def pass_around(self) -> None:
         """Keys from rank to rank: b + t gets those of b from its neighbour in step t - 1, as far as anyone reads on."""
@@ -217,8 +190,9 @@ class _Builder:
 
         What a rank computed in step t travels during t + 1, so a task of step t + 2 or later can start from it: two
         interleaved chains per chunk hide every transfer, and no separate addition runs until the owner's last one.
+        A host other than the owner's has chains of its own, whose ends it adds up: one sum of it crosses to the owner.
         """
-        ends: dict[int, list[tuple[int, int, _Slot]]] = defaultdict(list)
+        ends: dict[tuple[int, int], list[_End]] = defaultdict(list)
         owner_of: dict[int, int] = {}
         for step, rank, index, task in self.all_tasks():
             block = task.key if kind is Kind.DKV else task.query
@@ -226,32 +200,91 @@ class _Builder:
                 continue
             slot = self.new_slot(rank, kind, step)
             self.slot_of[step, rank, index, kind] = slot
+            new = _End(step, slot)
             for chunk in block.chunks:
                 owner_of[chunk] = block.owner
-                loose = [end for end in ends[chunk] if end[0] <= step - 2 and end[1] != rank]
+                known = ends[chunk, self.host(rank)]
+                loose = [end for end in known if end.step <= step - 2 and end.slot.rank != rank]
                 if loose:
-                    end = max(loose, key=lambda e: e[0])
-                    ends[chunk].remove(end)
-                    self.send(step - 1, kind, Block(block.owner, (chunk,)), end[1], end[2], slot)
+                    end = max(loose, key=lambda e: e.step)
+                    known.remove(end)
+                    self.send(step - 1, kind, Block(block.owner, (chunk,)), end.slot.rank, end.slot, slot)
                     self.carried[step, rank, index, kind].add(chunk)
-                ends[chunk].append((step, rank, slot))
-        homes: dict[tuple[int, int, int], tuple[_Slot, list[int]]] = {}
-        for chunk, loose in ends.items():
+                known.append(new)
+        sums: dict[_End, list[int]] = defaultdict(list)
+        for (chunk, host), loose in ends.items():
+            if host != self.host(owner_of[chunk]):
+                # The last one, or of several the one that has the owner's number, gets the others.
+                number = owner_of[chunk] % self.ranks_per_host
+                last = max(loose, key=lambda e: (e.step, e.slot.rank % self.ranks_per_host == number))
+                sums[last].append(chunk)
+        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]] = {}
+        parts: list[tuple[_End, _End, int, _Slot]] = []
+        for (chunk, _), loose in ends.items():
             owner = owner_of[chunk]
-            for step, rank, slot in loose:
-                key = (step, rank, owner)
-                if key not in homes:
-                    homes[key] = self.new_slot(owner, kind, step + 1), []
-                home, chunks = homes[key]
-                chunks.append(chunk)
-                self.send(step + 1, kind, Block(owner, (chunk,)), rank, slot, home)
-                home.use(step + 2)
-                self.merges[step + 2, owner].append((kind, owner, chunk, home))
+            into = next((end for end in loose if chunk in sums.get(end, ())), None)
+            for end in loose:
+                if into is None:
+                    self.bring_home(kind, owner, chunk, end, end.step, 1, moved)
+                elif end is not into:
+                    slot = self.move(kind, owner, chunk, end, into.slot.rank, end.step, 1, moved)
+                    parts.append((into, end, chunk, slot))
+        # Other chunks in the slot of such a sum may travel on from it: nothing is added while they do.
+        done = {into: into.slot.last for into, *_ in parts}
+        complete = {end: end.step for end in sums}
+        for into, end, chunk, slot in parts:
+            step = max(end.step + 1, done[into]) + 1
+            complete[into] = max(complete[into], step)
+            for used in (slot, into.slot):
+                used.use(step)
+            self.merges[step, into.slot.rank].append((kind, owner_of[chunk], chunk, slot, into.slot))
+        for end, chunks in sums.items():
+            # One step less than a turn, so that it is there before the next one begins: fewer buffers.
+            steps = max(1, min(self.slack - 1, len(self.tasks) - 1 - complete[end]))
+            for chunk in chunks:
+                self.bring_home(kind, owner_of[chunk], chunk, end, complete[end], steps, moved)
         if kind is not Kind.OUT:  # sums of several parts at once; partial outputs are merged one by one
             alike: dict[tuple[int, int, tuple[int, ...]], list[_Slot]] = defaultdict(list)
-            for (step, _, owner), (home, chunks) in homes.items():
-                alike[step, owner, tuple(sorted(chunks))].append(home)
+            for (end, rank), (slot, chunks) in moved.items():
+                alike[end.step, rank, tuple(sorted(chunks))].append(slot)
             self.runs += alike.values()
+
+    def move(
+        self,
+        kind: Kind,
+        owner: int,
+        chunk: int,
+        end: _End,
+        rank: int,
+        complete: int,
+        steps: int,
+        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]],
+    ) -> _Slot:
+        """Send a chunk of the end of a chain to a rank in the step after ``complete``; where it arrives.
+
+        ``moved``: (end, rank) -> slot and chunks of those that have been moved; chunks of one end share a slot.
+        """
+        if (end, rank) not in moved:
+            moved[end, rank] = self.new_slot(rank, kind, complete + 1), []
+        slot, chunks = moved[end, rank]
+        chunks.append(chunk)
+        self.send(complete + 1, kind, Block(owner, (chunk,)), end.slot.rank, end.slot, slot, steps)
+        return slot
+
+    def bring_home(
+        self,
+        kind: Kind,
+        owner: int,
+        chunk: int,
+        end: _End,
+        complete: int,
+        steps: int,
+        moved: dict[tuple[_End, int], tuple[_Slot, list[int]]],
+    ) -> None:
+        """``move`` to the owner, which adds it to its own accumulator."""
+        home = self.move(kind, owner, chunk, end, owner, complete, steps, moved)
+        home.use(complete + steps + 1)
+        self.merges[complete + steps + 1, owner].append((kind, owner, chunk, home, None))
 
     # Assembly ---------------------------------------------------------------------------------------------------
 
@@ -283,23 +316,27 @@ class _Builder:
         """Sends and receives per step and rank, chunks of one message joined, both sides in the same order."""
         sends: list[list[list[Transfer]]] = [[[] for _ in range(self.world_size)] for _ in range(steps)]
         receives: list[list[list[Transfer]]] = [[[] for _ in range(self.world_size)] for _ in range(steps)]
-        joined: dict[tuple[int, Kind, int, int, int, int | None, int], list[int]] = defaultdict(list)
+        joined: dict[tuple[int, Kind, int, int, int, int | None, int, int], list[int]] = defaultdict(list)
         for m in self.messages:
             source_slot = None if m.source_slot is None else m.source_slot.index
-            joined[m.step, m.kind, m.owner, m.source, m.target, source_slot, m.target_slot.index].append(m.chunk)
+            key = m.step, m.kind, m.owner, m.source, m.target, source_slot, m.target_slot.index, m.steps
+            joined[key].append(m.chunk)
         order = {kind: position for position, kind in enumerate(Kind)}
         for key in sorted(joined, key=lambda k: (k[0], k[3], k[4], order[k[1]], k[2], k[6])):
-            step, kind, owner, source, target, source_slot, target_slot = key
+            step, kind, owner, source, target, source_slot, target_slot, duration = key
             block = Block(owner, tuple(sorted(joined[key])))
-            sends[step][source].append(Transfer(kind, block, target, source_slot))
-            receives[step][target].append(Transfer(kind, block, source, target_slot))
+            sends[step][source].append(Transfer(kind, block, target, source_slot, duration))
+            receives[step][target].append(Transfer(kind, block, source, target_slot, duration))
         return sends, receives
 
     def joined_merges(self, step: int, rank: int) -> list[Merge]:
-        chunks: dict[tuple[Kind, int, int], list[int]] = defaultdict(list)
-        for kind, owner, chunk, slot in self.merges.get((step, rank), ()):
-            chunks[kind, owner, slot.index].append(chunk)
-        merges = [Merge(kind, Block(owner, tuple(sorted(c))), slot) for (kind, owner, slot), c in chunks.items()]
+        chunks: dict[tuple[Kind, int, int, int | None], list[int]] = defaultdict(list)
+        for kind, owner, chunk, slot, into in self.merges.get((step, rank), ()):
+            chunks[kind, owner, slot.index, None if into is None else into.index].append(chunk)
+        merges = [
+            Merge(kind, Block(owner, tuple(sorted(c))), slot, into=into)
+            for (kind, owner, slot, into), c in chunks.items()
+        ]
         return sorted(merges, key=lambda m: (m.kind.value, m.block.chunks, m.slot))
 
     def own_results(self, task: Task, rank: int) -> Iterable[tuple[Kind, Block]]:
@@ -310,14 +347,15 @@ class _Builder:
 
     def steps(self) -> tuple[tuple[Step, ...], ...]:
         self.assign_slots()
-        count = 1 + max([len(self.tasks) - 1, *(m.step for m in self.messages), *(step for step, _ in self.merges)])
+        ends = [m.step + m.steps - 1 for m in self.messages]
+        count = 1 + max([len(self.tasks) - 1, *ends, *(step for step, _ in self.merges)])
         sends, receives = self.transfers(count)
         merges = {key: self.joined_merges(*key) for key in self.merges}
         # Everything that adds to a rank's own accumulators, in order: (step, merges before tasks, index).
         order: dict[tuple[Kind, int], list[tuple[int, int, int]]] = defaultdict(list)
         for (step, _), cell in merges.items():
             for index, merge in enumerate(cell):
-                for chunk in merge.block.chunks:
+                for chunk in merge.block.chunks if merge.into is None else ():
                     order[merge.kind, chunk].append((step, 0, index))
         for step, rank, index, task in self.all_tasks():
             for kind, block in self.own_results(task, rank):
@@ -358,7 +396,9 @@ class _Builder:
                     Step(
                         tuple(complete(step, rank, index, task) for index, task in enumerate(cells[rank])),
                         tuple(
-                            replace(merge, final=final(merge.kind, merge.block, (step, 0, index)))
+                            merge
+                            if merge.into is not None
+                            else replace(merge, final=final(merge.kind, merge.block, (step, 0, index)))
                             for index, merge in enumerate(merges.get((step, rank), ()))
                         ),
                         tuple(sends[step][rank]),
@@ -378,32 +418,43 @@ def build_schedule(
     backward: bool = False,
     transfer: str = "pull",
     owners_per_step: int = 1,
+    ranks_per_host: int | None = None,
 ) -> Schedule:
     """The schedule of ``method`` for a layout's ``spans`` (per rank, in shard order) and a mask.
 
     ``method`` is "ring" (zigzag, contiguous and striped rings differ by layout only) or "dist_flash" (contiguous
     layout; without causality there is nothing to balance and it is a ring). ``transfer``: "pull" (every operand
-    straight from its owner), "ring" (keys passed from neighbour to neighbour) or "all_gather" (all keys in one
-    exchange). A pulling ring attends the keys of ``owners_per_step`` ranks in each step: fewer and larger kernels, for
-    twice as many buffers. Raises ValueError for other names.
+    straight from its owner), "ring" (keys passed from neighbour to neighbour), "all_gather" (all keys in one exchange)
+    or "double" (a ring over hosts around a ring inside each of them, see below). A pulling ring attends the keys of
+    ``owners_per_step`` ranks in each step ("double" of two at most): fewer and larger kernels, for twice as many
+    buffers. Raises ValueError for other names.
+
+    "double" wants ``ranks_per_host``, with ranks numbered host by host; several divide the world size. What any rank of
+    a host reads of another host's rank then crosses to it once, to the rank of the same number, one turn of the inner
+    ring before it is first needed, and the others get it from there. The gradients of keys are added up within each
+    host, and one sum of them returns in the same way, with a turn's time for it.
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
     if transfer not in TRANSFERS:
         raise ValueError(f"expected transfer to be one of {', '.join(TRANSFERS)}, got {transfer!r}")
+    world_size, per_rank = len(spans), len(spans[0])
+    check_hosts(method, transfer, ranks_per_host, world_size)
     balanced = method == "dist_flash" and mask.causal
     if balanced and transfer == "all_gather":
         raise ValueError("expected transfer 'pull' or 'ring' for method 'dist_flash', got 'all_gather'")
     if balanced and any(len(rank) != 2 for rank in spans):
         raise ValueError("expected a layout with two chunks per rank for method 'dist_flash', got another")
-    per_rank = len(spans[0])
-    shards = [Block(r, tuple(range(r * per_rank, (r + 1) * per_rank))) for r in range(len(spans))]
+    shards = [Block(r, tuple(range(r * per_rank, (r + 1) * per_rank))) for r in range(world_size)]
+    host = world_size if ranks_per_host is None else ranks_per_host
+    owners = {"pull": owners_per_step, "ring": 1, "all_gather": world_size}
+    owners["double"] = min(owners_per_step, host, MOST_OWNERS_OF_DOUBLE)
     if balanced:
         placement = dist_flash_placement(shards)
     else:
-        owners = {"pull": owners_per_step, "ring": 1, "all_gather": len(shards)}
-        placement = ring_placement(shards, owners[transfer])
-    builder = _Builder(spans, mask, placement, backward)
+        # Backward's sums of a host then end at the rank whose adapter they take.
+        placement = ring_placement(shards, owners[transfer], host, own_number_last=backward)
+    builder = _Builder(spans, mask, placement, backward, host, -(-host // owners[transfer]))
     if transfer == "ring":
         builder.pass_around()
     else:
@@ -414,3 +465,18 @@ def build_schedule(
         builder.return_results(kind)
     builder.join_tasks()
     return Schedule(method if balanced else "ring", backward, mask, spans, builder.steps())
+
+
+def check_hosts(method: str, transfer: str, ranks_per_host: int | None, world_size: int) -> None:
+    """ValueError unless ``ranks_per_host`` fits the rest."""
+    if (transfer == "double") != (ranks_per_host is not None):
+        raise ValueError(
+            "expected ranks_per_host with transfer 'double' and only then, got transfer "
+            f"{transfer!r} with ranks_per_host {ranks_per_host!r}"
+        )
+    if ranks_per_host is None:
+        return
+    if method != "ring":
+        raise ValueError(f"expected method 'ring' for transfer 'double', got {method!r}")
+    if ranks_per_host < 1 or world_size % ranks_per_host:
+        raise ValueError(f"expected ranks_per_host to divide world_size {world_size}, got {ranks_per_host}")

@@ -4,7 +4,8 @@ One step of one rank, in order:
 
 1. its ``sends`` and ``receives`` are posted; they carry what was ready before the step,
 2. ``merges``, then ``tasks`` run while they are in flight,
-3. the rank waits for them; received data can be used from the next step on.
+3. the rank waits for them; received data can be used from the next step on. Those of more than one of ``steps`` are
+   waited for so much later: they are what slow links have to begin early.
 
 A *slot* is a buffer of the size of one shard; the chunks in it lie where they lie in their owner's shard.
 """
@@ -77,22 +78,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message: ``block`` of ``kind``, to (a send) or from (a receive) ``peer``; ``slot`` None is own data."""
+    """One message: ``block`` of ``kind``, to (a send) or from (a receive) ``peer``; ``slot`` None is own data.
+
+    It is in flight during ``steps`` steps, that in which it is posted included: until then nobody touches where it
+    lands or writes where it comes from.
+    """
 
     kind: Kind
     block: Block
     peer: int
     slot: int | None
+    steps: int = 1
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Add the partial result in ``slot`` to the rank's own accumulator."""
+    """Add the partial result in ``slot`` to the one in the slot ``into``, None: to the rank's own accumulator."""
 
     kind: Kind
     block: Block
     slot: int
     final: tuple[int, ...] = ()
+    into: int | None = None
 
 
 @dataclass(frozen=True)

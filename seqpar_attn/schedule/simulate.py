@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,15 +48,18 @@ def simulate_schedule(
     *,
     step_seconds: Callable[[int, int], float] | None = None,
     bandwidth: Callable[[int, int], float] | None = None,
+    host: Callable[[int], int] | None = None,
 ) -> Simulation:
     """Play the schedule in time.
 
-    A rank starts a step when it has computed the step before and that step's transfers to and from it are done. A
-    message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)`` replaces the
-    constant rate, e.g. by measured times; ``bandwidth(source, target)`` replaces ``bytes_per_second``, e.g. where nodes
-    are joined by slower links.
+    A rank starts a step when it has computed the step before and the transfers to and from it that end with that step
+    are done. A message starts when both ends have posted it and both links are free. ``step_seconds(step, rank)``
+    replaces the constant rate, e.g. by measured times; ``bandwidth(source, target)`` replaces ``bytes_per_second``,
+    e.g. where hosts are joined by slower links. If ``host(rank)`` tells them apart, a rank has two links that work at
+    the same time: one to the ranks of its host, and an adapter to all others.
     """
     world_size = schedule.world_size
+    hosts = [0 if host is None else host(rank) for rank in range(world_size)]
 
     def seconds(step: int, rank: int) -> float:
         if step_seconds is not None:
@@ -67,9 +71,10 @@ def simulate_schedule(
 
     start = [0.0] * world_size
     busy, exposed, sent = ([0.0] * world_size for _ in range(3))
-    out_free, in_free = [0.0] * world_size, [0.0] * world_size
+    # Per link, those within hosts and then the adapters.
+    out_free, in_free = [0.0] * 2 * world_size, [0.0] * 2 * world_size
+    arrivals: dict[int, list[float]] = defaultdict(lambda: [0.0] * world_size)
     for step, row in enumerate(schedule.steps):
-        arrived = list(start)
         # Whatever can start first does; of equals, a rank's earlier message. (In the order of ranks instead, messages
         # would wait for each other in chains as long as the ring.)
         waiting = [
@@ -81,15 +86,18 @@ def simulate_schedule(
         while waiting:
             posted, number, source, transfer = heapq.heappop(waiting)
             target = transfer.peer
-            begin = max(posted, out_free[source], in_free[target])
+            link = 0 if hosts[source] == hosts[target] else world_size
+            begin = max(posted, out_free[link + source], in_free[link + target])
             if begin > posted:
                 heapq.heappush(waiting, (begin, number, source, transfer))
                 continue
             speed = rates.bytes_per_second if bandwidth is None else bandwidth(source, target)
             end = begin + rates.latency + size(transfer) / speed
-            out_free[source] = in_free[target] = end
-            arrived[source], arrived[target] = max(arrived[source], end), max(arrived[target], end)
+            out_free[link + source] = in_free[link + target] = end
+            ends = arrivals[step + transfer.steps - 1]
+            ends[source], ends[target] = max(ends[source], end), max(ends[target], end)
             sent[source] += size(transfer)
+        arrived = arrivals.pop(step, start)
         for rank in range(world_size):
             duration = seconds(step, rank)
             busy[rank] += duration

@@ -20,11 +20,27 @@ class _Rank:
     final: dict[Kind, set[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A transfer on its way: what it carries, and the step at whose end it lands."""
+
+    end: int
+    source: int
+    target: int
+    send: Transfer
+    receive: Transfer
+    part: dict[int, Pairs]
+
+
 class _Player:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.ranks = [_Rank() for _ in range(schedule.world_size)]
         self.query_kind = Kind.DQ if schedule.backward else Kind.OUT
+        self.flying: list[_Flight] = []
+        self.sending: list[set[SlotKey]] = []
+        self.receiving: list[set[SlotKey]] = []
+        """Per rank the slots that are being sent, and received into."""
 
     def fail(self, step: int, rank: int, what: str) -> None:
         raise ScheduleError(f"{self.schedule.method} W={self.schedule.world_size} step {step} rank {rank}: {what}")
@@ -48,8 +64,8 @@ class _Player:
             self.fail(step, rank, f"{kind.value} slot {slot} does not hold chunks {missing}")
         return {chunk: held[chunk] for chunk in block.chunks}
 
-    def exchange(self, step: int, row: tuple[Step, ...]) -> list[tuple[int, Transfer, dict[int, Pairs]]]:
-        """Match sends with receives; results leave the sender's slot. Returns what will land where."""
+    def exchange(self, step: int, row: tuple[Step, ...]) -> None:
+        """Match sends with receives, which then are on their way; results leave the sender's slot."""
         sent: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         expected: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         for rank, cell in enumerate(row):
@@ -57,33 +73,48 @@ class _Player:
                 sent[rank, transfer.peer].append(transfer)
             for transfer in cell.receives:
                 expected[transfer.peer, rank].append(transfer)
-        landing = []
+        posted: list[_Flight] = []
+        ends = {(x.source, x.target): x.end for x in self.flying}  # the last one's, as none overtakes another
+        landing = {(x.target, _place(x.receive)) for x in self.flying}
         for source, target in sent.keys() | expected.keys():
             ours, theirs = sent[source, target], expected[source, target]
-            if [(t.kind, t.block) for t in ours] != [(t.kind, t.block) for t in theirs]:
+            if [(t.kind, t.block, t.steps) for t in ours] != [(t.kind, t.block, t.steps) for t in theirs]:
                 self.fail(step, source, f"sends {ours} to {target}, which expects {theirs}")
             if source == target:
                 self.fail(step, source, "sends to itself")
             for send, receive in zip(ours, theirs):
                 if receive.slot is None:
                     self.fail(step, target, "receives into its own shard")
-                landing.append((target, receive, self.content(step, source, send.kind, send.block, send.slot)))
+                end = step + send.steps - 1
+                if not step <= end < len(self.schedule.steps):
+                    self.fail(step, source, f"{send} does not end with a step")
+                if ends.get((source, target), end) > end > step:
+                    self.fail(step, source, f"{send} overtakes another one to {target}")
+                if (target, _place(receive)) in landing:
+                    self.fail(step, target, f"{receive} lands where another one does")
+                part = self.content(step, source, send.kind, send.block, send.slot)
+                posted.append(_Flight(end, source, target, send, receive, part))
         for rank, state in enumerate(self.ranks):
             for send in row[rank].sends:
                 if send.kind in RESULTS and send.slot is not None:
                     for chunk in send.block.chunks:
                         del state.slots[send.kind, send.slot][chunk]
-        return landing
+        self.flying += posted
+        self.sending, self.receiving = [set() for _ in row], [set() for _ in row]
+        for flight in self.flying:
+            self.receiving[flight.target].add(_place(flight.receive))
+            if flight.send.slot is not None:
+                self.sending[flight.source].add(_place(flight.send))
 
     def check_conflicts(self, step: int, rank: int, row: Step) -> None:
         """While a transfer is in flight nobody may write what is sent, nor touch what is received."""
-        sent = {(t.kind, t.slot) for t in row.sends if t.slot is not None}
-        received = {(t.kind, t.slot) for t in row.receives if t.slot is not None}
+        sent, received = self.sending[rank], self.receiving[rank]
         read, written = set(), set()
         for task in row.tasks:
             read |= {(Kind.QUERY, task.query_slot), (Kind.KV, task.key_slot)}
             written |= {(self.query_kind, task.query_result.slot), (Kind.DKV, task.key_result.slot)}
         read |= {(merge.kind, merge.slot) for merge in row.merges}
+        written |= {(merge.kind, merge.into) for merge in row.merges if merge.into is not None}
         for name, conflict in (
             ("written while sent", sent & written),
             ("received into while sent", sent & received),
@@ -132,12 +163,12 @@ class _Player:
         needed = frozenset(pair for pair, area in areas.items() if area)
         computed: set[tuple[int, int]] = set()
         for step, row in enumerate(schedule.steps):
-            landing = self.exchange(step, row)
+            self.exchange(step, row)
             for rank, cell in enumerate(row):
                 self.check_conflicts(step, rank, cell)
                 for merge in cell.merges:
                     part = self.content(step, rank, merge.kind, merge.block, merge.slot)
-                    result = Result(None, merge.block.chunks, merge.final)
+                    result = Result(merge.into, merge.block.chunks, merge.final)
                     self.accumulate(step, rank, merge.kind, merge.block, result, part)
                 for task in cell.tasks:
                     pairs = self.compute(step, rank, task, needed)
@@ -147,13 +178,14 @@ class _Player:
                     if task.area != sum(areas[pair] for pair in pairs):
                         self.fail(step, rank, f"area of {task}")
             fresh: set[tuple[int, SlotKey]] = set()
-            for rank, receive, part in landing:
-                assert receive.slot is not None
-                key = (receive.kind, receive.slot)
-                if (rank, key) not in fresh:
-                    self.ranks[rank].slots[key] = {}
-                    fresh.add((rank, key))
-                self.ranks[rank].slots[key].update(part)
+            for flight in self.flying:
+                if flight.end == step:
+                    rank, key = flight.target, _place(flight.receive)
+                    if (rank, key) not in fresh:
+                        self.ranks[rank].slots[key] = {}
+                        fresh.add((rank, key))
+                    self.ranks[rank].slots[key].update(flight.part)
+            self.flying = [flight for flight in self.flying if flight.end > step]
         if computed != needed:
             self.fail(len(schedule.steps), -1, f"pairs {set(needed - computed)} are never computed")
         self.check_results(needed)
@@ -172,11 +204,17 @@ class _Player:
                         self.fail(end, rank, f"{kind.value} of chunk {chunk} has no final task")
 
 
+def _place(transfer: Transfer) -> SlotKey:
+    assert transfer.slot is not None
+    return transfer.kind, transfer.slot
+
+
 def validate_schedule(schedule: Schedule) -> None:
     """Raise ScheduleError unless the schedule is right.
 
     Right means: every non-empty (query chunk, key chunk) pair is computed exactly once and reaches the accumulators of
-    its owners; sends match receives in kind, block and order, step by step, so no rank waits for a message that nobody
-    sends; everything is at hand when it is read; no buffer is written while it is sent, read or received into.
+    its owners; sends match receives in kind, block, order and duration, step by step, so no rank waits for a message
+    that nobody sends, and none that takes several steps ends before an earlier one between the same ranks; everything
+    is at hand when it is read; no buffer is written while it is sent, read or received into.
     """
     _Player(schedule).play()
