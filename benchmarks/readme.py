@@ -92,8 +92,10 @@ def ring() -> str:
 
 
 RANKS = {
-    "zigzag": ("zigzag",),
-    "DistFlashAttn": ("dist_flash",),
+    "zigzag, copy engines": ("zigzag, copy engines",),
+    "DistFlashAttn, copy engines": ("dist_flash, copy engines",),
+    "zigzag, NCCL": ("zigzag",),
+    "DistFlashAttn, NCCL": ("dist_flash",),
     "Ulysses": ("ulysses",),
     "USP": ("usp",),
     "ring-flash-attention": ("ring-flash-attention zigzag",),

@@ -1,10 +1,11 @@
 """Exact attention over sequences that do not fit one GPU.
 
 ``ring_attention``, ``dist_flash_attention``, ``ulysses_attention`` and ``usp_attention`` compute attention over a
-sequence that is split over the ranks of a group; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such
-tokens; ``shard_batch`` splits a batch; ``ShardedKV`` keeps a prompt's keys split while new tokens attend them;
-``verify`` compares a model on a split sequence with one device; ``LoopbackGroup`` runs several virtual ranks in one
-process. Importing this package loads neither triton nor transformers and does not touch CUDA.
+sequence that is split over the ranks of a group; ``set_transport`` lets copy engines of one host's GPUs do their
+transfers; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such tokens; ``shard_batch`` splits a batch;
+``ShardedKV`` keeps a prompt's keys split while new tokens attend them; ``verify`` compares a model on a split sequence
+with one device; ``LoopbackGroup`` runs several virtual ranks in one process. Importing this package
+loads neither triton nor transformers and does not touch CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import memory
 from .api import dist_flash_attention, ring_attention, ulysses_attention, usp_attention
 from .batch import ShardedBatch, pad_batch, shard_batch
-from .comm import CommunicationError, LoopbackGroup
+from .comm import CommunicationError, LoopbackGroup, set_transport
 from .decode import ShardedKV
 from .layout import Contiguous, Layout, Nested, Striped, Zigzag, gather, get_layout
 from .loss import cross_entropy, linear_cross_entropy
@@ -42,6 +43,7 @@ __all__ = [
     "memory",
     "pad_batch",
     "ring_attention",
+    "set_transport",
     "shard_batch",
     "ulysses_attention",
     "usp_attention",

@@ -55,12 +55,21 @@ def _transports(gpus: int) -> dict[str, str | None]:
     """Transport -> why it cannot be used, or None."""
     if not dist.is_available():
         missing = "torch is built without torch.distributed"
-        return {"loopback": None, "gloo": missing, "nccl": missing}
+        return {"loopback": None, "gloo": missing, "nccl": missing, "symmetric": missing}
     nccl = None if dist.is_nccl_available() else "torch is built without NCCL"
     if nccl is None and not gpus:
         nccl = "torch sees no NVIDIA GPU"
     gloo = None if dist.is_gloo_available() else "torch is built without gloo"
-    return {"loopback": None, "gloo": gloo, "nccl": nccl}
+    return {"loopback": None, "gloo": gloo, "nccl": nccl, "symmetric": _no_peer_access(gpus)}
+
+
+def _no_peer_access(gpus: int) -> str | None:
+    """Why the symmetric transport, which set_transport chooses, does not serve all GPUs; without GPUs it is for CPUs."""
+    for a in range(gpus):
+        for b in range(gpus):
+            if a != b and not torch.cuda.can_device_access_peer(a, b):
+                return f"GPU {a} has no peer access to GPU {b}"
+    return None
 
 
 def _auto_choices(devices: list[torch.device]) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ class P2P:
         if self._staged and not staged:
             raise ValueError(
                 "expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer; on one host "
-                "seqpar_attn.comm.set_transport(group, 'symmetric') needs no NCCL"
+                "seqpar_attn.set_transport(group, 'symmetric') needs no NCCL"
             )
         options = getattr(backend, "options", None)
         self.timeout: timedelta = getattr(options, "_timeout", None) or timedelta(minutes=30)
