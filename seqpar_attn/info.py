@@ -64,7 +64,7 @@ def _transports(gpus: int) -> dict[str, str | None]:
 
 
 def _no_peer_access(gpus: int) -> str | None:
-    """Why the symmetric transport, which set_transport chooses, does not serve all GPUs; without GPUs it is for CPUs."""
+    """Why the symmetric transport, which set_transport chooses, does not serve all GPUs; without any it is for CPUs."""
     for a in range(gpus):
         for b in range(gpus):
             if a != b and not torch.cuda.can_device_access_peer(a, b):
