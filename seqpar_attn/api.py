@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .autograd import attention_op
 from .comm import Group, LoopbackGroup, agree, communicator, group_name
+from .intercept import Attention, attend
 from .layout import grid_of
 from .ulysses import ulysses_op
 from .validation import as_boundaries
@@ -64,10 +65,7 @@ def _attention(
         # Tell the other ranks before raising: they wait for this one.
         agree([communicator(name, q.device) for name in names], {}, error)
         raise error
-    results = (ulysses_op if exchanges else attention_op)(
-        q,
-        k,
-        v,
+    rest = (
         *names,
         method,
         transfer,
@@ -80,6 +78,7 @@ def _attention(
         backend,
         deterministic,
     )
+    results = attend(Attention(ulysses_op if exchanges else attention_op, rest, return_lse), q, k, v)
     return tuple(results[:2]) if return_lse else results[0]
 
 

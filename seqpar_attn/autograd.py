@@ -110,7 +110,8 @@ def attention_backward_op(
     backend: str,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`attention_op`."""
+    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`attention_op`; ``out`` may be ``rowsum(dout *
+    out)``, ``[batch, nheads, seqlen]`` in the accumulator dtype, instead."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens)
     call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
     comm = communicator(group, q.device)
