@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import Block, Policy, Trail, run_block, run_staged
+from .checkpoint import Block, Policy, Trail, run_block
+from .node import references, run_staged
 from .offload import Offloader
 from .staged import StagedBlock, Tiling
 from .tiling import tiled
@@ -167,9 +168,11 @@ def apply(
             raise ValueError(
                 f"expected a model without a memory policy, got one on {type(module).__name__}: remove() it"
             )
+    if tile_block is not None:
+        references()  # not in the middle of a backward pass
     device = next(chosen[0].parameters()).device
     offloader = Offloader(device) if policy.offloads else None
-    applied, trail = Applied(policy, offloader), Trail(offloader, follows=checkpoint_every > 1)
+    applied, trail = Applied(policy, offloader), Trail(offloader, follows=checkpoint_every > 1 or tile_block is not None)
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(forward, **(compile if isinstance(compile, dict) else {})) if compile else forward

@@ -10,15 +10,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from ..intercept import Attention
 from ..kept import Recording, Replaying, Results
-from .arguments import Arguments
 from .offload import Offloaded, Offloader
-from .staged import StagedBlock, Whole
 from .surroundings import Surroundings, gather
 
 Attention = Literal["save", "offload", "recompute"]
@@ -82,6 +78,7 @@ class Trail:
         self.offloader, self._follows = offloader, follows
         self._blocks: list[weakref.ref[Block]] = []
         self._latest: tuple[weakref.ref[Block], Content] | None = None
+        self._gradient: Content | None = None
 
     def begin(self, block: Block) -> None:
         self._blocks = [x for x in self._blocks if x() is not None]
@@ -102,6 +99,14 @@ class Trail:
         if self._latest is None or not self._latest[1].is_of(hidden):
             return None
         return self._latest[0]()
+
+    def gave(self, gradient: torch.Tensor | None) -> None:
+        """The gradient that a block gave for its input, if that is the output of the block before; else None."""
+        self._gradient = None if gradient is None else Content(gradient)
+
+    def is_given(self, gradient: torch.Tensor) -> bool:
+        """Whether this is what the block behind gave, as it gave it."""
+        return self._gradient is not None and self._gradient.is_of(gradient)
 
     def back(self, block: Block) -> None:
         for tensor in block.offloaded:
@@ -224,90 +229,6 @@ def run_block(
     block.replay = replay
     block.end_forward(first_of(result))
     return result
-
-
-class _Staged(torch.autograd.Function):
-    """A block in stages as one node: its backward runs the stages again, from what :class:`Block` kept."""
-
-    @staticmethod
-    def forward(ctx: Any, run: _Run, hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.run = run
-        # What is packed in this one's place goes when autograd lets it go, unlike an attribute of ctx.
-        ctx.save_for_backward(hidden.new_empty(0))
-        return run.forward(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (_,) = ctx.saved_tensors  # unpacked: see _Run
-        dhidden, gradients = ctx.run.backward(grad)
-        return (None, dhidden if ctx.needs_input_grad[1] else None, *gradients)
-
-
-class _Run:
-    """One run of a block in stages: all that its backward needs, but its :class:`Block`, which autograd keeps."""
-
-    def __init__(self, staged: StagedBlock, arguments: Arguments, block: Block, hidden: torch.Tensor):
-        self.staged, self.arguments = staged, arguments
-        self.surroundings = Surroundings(hidden.device, random=False)
-        self.block: Block | None = block
-        self._call: Attention | None = None
-
-    def parameters(self) -> list[torch.Tensor]:
-        """In the same order, whatever FSDP2 has put in their place meanwhile."""
-        return [p for p in self.staged.module.parameters() if p.requires_grad]
-
-    def pack(self, token: torch.Tensor) -> tuple[Block, torch.Tensor]:
-        assert self.block is not None
-        return self.block, token
-
-    def unpack(self, packed: tuple[Block, torch.Tensor]) -> torch.Tensor:
-        self.block, token = packed
-        return token
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        block = self.block
-        assert block is not None
-        with self.surroundings.autocast():
-            whole = self.staged.attend(hidden, self.arguments)
-            self._call = whole.call
-            if block.policy.attention != "recompute":
-                block.put((whole.out, whole.lse))
-            return self.staged.finish(hidden, self.arguments, whole)
-
-    def _whole(self, block: Block, hidden: torch.Tensor) -> Whole:
-        if block.policy.attention == "recompute":
-            return self.staged.attend(hidden, self.arguments)
-        assert self._call is not None
-        out, lse = block.take(0)
-        return Whole(out, lse, self._call)
-
-    def replay(self, block: Block, hidden: torch.Tensor) -> torch.Tensor:
-        gather(self.staged.module)
-        with torch.no_grad(), self.surroundings.autocast():
-            return self.staged.finish(hidden, self.arguments, self._whole(block, hidden))
-
-    def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        block, self.block = self.block, None
-        assert block is not None
-        block.trail.back(block)
-        with self.surroundings.autocast():
-            hidden = block.hidden().detach()
-            whole, own = self._whole(block, hidden), block.policy.attention != "save"
-            return self.staged.backward(hidden, self.arguments, whole, grad, own, self.parameters())
-
-
-def run_staged(
-    staged: StagedBlock, block: Block, hidden: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """The forward of ``staged.module`` by stages, checkpointed; as :func:`run_block`."""
-    run = _Run(staged, staged.check(hidden, args, kwargs), block, hidden)
-    with torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack):
-        output: torch.Tensor = _Staged.apply(run, hidden, *run.parameters())
-    run.block = None
-    block.replay = run.replay
-    block.end_forward(output)
-    return output
 
 
 def first_of(result: Any) -> Any:

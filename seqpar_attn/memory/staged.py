@@ -238,30 +238,44 @@ class StagedBlock:
         return output
 
     def backward(
-        self, hidden: Tensor, arguments: Arguments, whole: Whole, grad: Tensor, own: bool, parameters: Sequence[Tensor]
+        self,
+        hidden: Tensor,
+        arguments: Arguments,
+        whole: Whole,
+        grad: Tensor,
+        into: Tensor | None,
+        own: bool,
+        parameters: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor | None]]:
         """``(gradient of hidden, of parameters)``, given that of the output.
 
-        ``own``: ``whole.out`` is nobody else's. With a ring's operator it then becomes its own gradient, and that the
+        ``into``: where the first goes, ``grad`` itself for example; None for a new tensor. ``own``: ``whole.out`` is nobody else's. With a ring's operator it then becomes its own gradient, and that the
         gradient of the queries; else one more tensor like it does.
         """
         sums = _Sums(parameters)
-        steps = _Backward(self, hidden, arguments, whole, own and whole.call.operator is attention_op, sums)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if into is None else into
+        steps = _Backward(self, hidden, arguments, whole, own and whole.call.operator is attention_op, sums, dhidden)
         steps.after(grad)
         steps.attention()
         steps.before()
-        return steps.dhidden, sums.take()
+        return dhidden, sums.take()
 
 
 class _Backward:
     """The backward of a block in three stages; each leaves to the next what it needs."""
 
     def __init__(
-        self, block: StagedBlock, hidden: Tensor, arguments: Arguments, whole: Whole, overwrite: bool, sums: _Sums
+        self,
+        block: StagedBlock,
+        hidden: Tensor,
+        arguments: Arguments,
+        whole: Whole,
+        overwrite: bool,
+        sums: _Sums,
+        dhidden: Tensor,
     ):
         self.block, self.hidden, self.arguments, self.whole, self.sums = block, hidden, arguments, whole, sums
-        self.overwrite = overwrite
-        self.dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self.overwrite, self.dhidden = overwrite, dhidden
         self.dout = whole.out if overwrite else torch.empty_like(whole.out)
         self.extra: Tensor | None = None
         """Of rows of attention: ``rowsum(dout * out) - dlse`` if out is overwritten, else ``dlse``, if there is one."""
@@ -286,7 +300,6 @@ class _Backward:
             del y
             drow = rest.pop(0) if row.requires_grad else None
             self.sums.add(rest)
-            self.dhidden[:, part] = 0 if dx is None else dx
             if self.extra is not None:
                 into = self.extra[:, :, part]
                 into.zero_() if drow is None else into.copy_(drow)
@@ -295,6 +308,7 @@ class _Backward:
                     delta = (out.detach().to(wide) * dout.to(wide)).sum(-1).transpose(1, 2)
                     torch.sub(delta, into, out=into)
             self.dout[:, part] = 0 if dout is None else dout
+            self.dhidden[:, part] = 0 if dx is None else dx  # last: it may be grad, and dout a view of that
 
     def attention(self) -> None:
         """Attention: the gradient of the queries takes the place of that of the result, group by group."""
