@@ -13,17 +13,19 @@ from seqpar_attn.kernels.base import PlainKernel
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes allocated at a time during ``function()``, beyond those before it."""
+    """The most bytes allocated at a time during ``function()``, beyond those before it.
+
+    It must free what it allocates, and nothing else: the record knows blocks by their addresses, only while it runs.
+    """
     options = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
     activities = {ProfilerActivity.CPU}
     # Not torch.profiler.profile, which makes objects of all operators at the end: that takes longer than the step.
     torch.autograd._prepare_profiler(options, activities)
     torch.autograd._enable_profiler(options, activities)
     try:
-        result = function()
+        function()
     finally:
         found = torch.autograd._disable_profiler()
-    del result
     live = most = 0
     events = [x for x in found.events() if x.name() == "[memory]"]
     for event in sorted(events, key=lambda x: x.start_ns()):

@@ -172,7 +172,10 @@ def apply(
         references()  # not in the middle of a backward pass
     device = next(chosen[0].parameters()).device
     offloader = Offloader(device) if policy.offloads else None
-    applied, trail = Applied(policy, offloader), Trail(offloader, follows=checkpoint_every > 1 or tile_block is not None)
+    applied, trail = (
+        Applied(policy, offloader),
+        Trail(offloader, follows=checkpoint_every > 1 or tile_block is not None),
+    )
 
     def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(forward, **(compile if isinstance(compile, dict) else {})) if compile else forward

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+_NOT_CUT = ("cu_seqlens", "labels", "shift_labels", "cache_position")
+"""What decoders pass down to their blocks although no block's tokens read it, and what is of the whole sequence."""
+
 
 def _cut(x: torch.Tensor, dim: int, part: slice, tokens: int) -> torch.Tensor:
     return x if x.shape[dim] != tokens else x.narrow(dim, part.start, part.stop - part.start)
@@ -32,7 +35,7 @@ class Arguments:
                         f"expected hidden states to be the only argument of {name} that needs a gradient with "
                         f"tile_block, got {key} of shape {list(x.shape)} that does"
                     )
-                if tokens in x.shape and tokens > 1 and self._dim(key) is None and key != "cu_seqlens":
+                if tokens in x.shape and tokens > 1 and self._dim(key) is None and key not in _NOT_CUT:
                     raise ValueError(
                         f"expected arguments of {name} along the tokens to be position_embeddings or position_ids, by "
                         f"name, with tile_block, got {key} of shape {list(x.shape)} for {tokens} tokens"

@@ -218,11 +218,10 @@ class StagedBlock:
                 return Whole(out, lse, call)
             if found is None:
                 batch, tokens, _, headdim = out.shape
-                found = Whole(
-                    out.new_empty(batch, tokens, nheads, headdim), lse.new_empty(batch, nheads, tokens), call
-                )
+                found = Whole(out.new_empty(batch, tokens, nheads, headdim), lse.new_empty(batch, nheads, tokens), call)
             own = self.tiling.group(number, nheads)
             found.out[:, :, own], found.lse[:, own] = out, lse
+            del out, lse  # before the next group's
         assert found is not None
         return found
 
@@ -249,8 +248,9 @@ class StagedBlock:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """``(gradient of hidden, of parameters)``, given that of the output.
 
-        ``into``: where the first goes, ``grad`` itself for example; None for a new tensor. ``own``: ``whole.out`` is nobody else's. With a ring's operator it then becomes its own gradient, and that the
-        gradient of the queries; else one more tensor like it does.
+        ``into``: where the first goes, ``grad`` itself for example; None for a new tensor. ``own``: ``whole.out`` is
+        nobody else's. With a ring's operator it then becomes its own gradient, and that the gradient of the queries;
+        else one more tensor like it does.
         """
         sums = _Sums(parameters)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if into is None else into
