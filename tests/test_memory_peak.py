@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 import seqpar_attn
 from seqpar_attn import memory, plan
 
-TOKENS, HIDDEN, HEADS, HEADDIM, TILE = 4096, 64, 8, 8, 64
+TOKENS, HIDDEN, HEADS, HEADDIM, TILE = 4096, 64, 8, 8, 128
 
 
 def attend(module, query, key, value, mask, **kwargs):
@@ -28,16 +28,17 @@ def promised(kv_heads, groups):
     # float32 result, received keys and values twice, and its part of the result.
     group = 1 + 2 * keys + 2 + 2 * 2 * keys + several * (1 + rows)
     attends = 3 + rotary + 1 + rows + group / groups
-    finishes = 3 + rotary + 1 + rows + 1
+    # The same three with all of attention's result and the output; or with the output, its norm in tiles and joined.
+    finishes, norm = 3 + rotary + 1 + rows + 1, 3 + rotary + 3
     # Two blocks' inputs, gradients of output and input, out and its gradient; dk and dv.
     # Of a group: operands; dq, dk, dv in float32 and in bfloat16; delta; received: keys and values twice, and three
     # times their gradients.
     group = 1 + 2 * keys + 2 + 4 * keys + 1 + 2 * keys + rows + 2 * 2 * keys + 3 * 4 * keys
     backward = 2 + rotary + 2 + 1 + 2 * rows + several * 2 * keys + group / groups
-    return max(attends, finishes), backward
+    return max(attends, finishes, norm), backward
 
 
-@pytest.mark.parametrize(("kv_heads", "groups"), [(2, 1), (2, 2), (8, 8)])
+@pytest.mark.parametrize(("kv_heads", "groups"), [(2, 2), (8, 4)])
 def test_peak(monkeypatch, kv_heads, groups):
     idle_attention(monkeypatch, world_size=8)
     monkeypatch.setattr(plan, "KEYS_PER_STEP", TOKENS)  # buffers of long shards

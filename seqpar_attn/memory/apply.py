@@ -185,7 +185,7 @@ def apply(
         applied._replace(module, tiled(compiled(module.forward), tile_mlp))
     for module in norms:
         assert tile_block is not None
-        applied._replace(module, tiled(module.forward, tile_block))
+        applied._replace(module, tiled(module.forward, tile_block, random=False))
     for number, block in enumerate(chosen):
         inner, name = compiled(block.forward), f"block {number} ({type(block).__name__})"
         staged = None if tile_block is None else StagedBlock(block, inner, name, Tiling(tile_block, head_groups))
