@@ -1,6 +1,8 @@
-"""Memory and time of one rank of W that trains a decoder on a long sequence, measured on one GPU.
+r"""Memory and time of one rank of W that trains a decoder on a long sequence, measured on one GPU.
 
     python3 benchmarks/memory.py --model llama-2-7b --gpus 8 --contexts 512k 700k 1m --out benchmarks/results/memory
+    python3 benchmarks/memory.py --model llama-3-8b --attention recompute --tile-block 8192 --head-groups 8 \
+        --keep-last 4 --contexts 3700000 --no-time --out benchmarks/results/memory --name llama-3-8b-staged
 
 What is real and what stands in: benchmarks/one_rank_model.py. Peak memory is that of one step of the whole model, with
 attention's kernels launching nothing (their buffers are there) and the optimizer's states in place. Time comes from
@@ -27,6 +29,7 @@ from one_rank_model import MODELS, Parts, begin, build, flops_per_token, stand_i
 from seqpar_attn import get_layout, memory
 
 GIB = 2**30
+OPTIONS = ("tile_mlp", "tile_block", "head_groups", "checkpoint_every", "keep_last")
 
 
 def tokens_of(text: str) -> int:
@@ -35,6 +38,11 @@ def tokens_of(text: str) -> int:
         if text.lower().endswith(suffix):
             return int(float(text[:-1]) * factor)
     return int(text)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, int | None]:
+    """For memory.apply, beside what attention and activations are."""
+    return {name: getattr(arguments, name) for name in OPTIONS}
 
 
 def _forward_backward(model: Any, batch: tuple[torch.Tensor, ...]) -> None:
@@ -63,7 +71,7 @@ class Bench:
             model,
             attention=a.attention,
             activations=a.activations,
-            tile_mlp=a.tile_mlp,
+            **options_of(a),
             blocks=list(model.model.layers),
         )
         return model, applied
@@ -190,9 +198,16 @@ def render(payload: dict[str, Any]) -> str:
             cells += [f"{x / 1e3:.2f}" for x in (row["step_ms"], row["attention_ms"], other, row["optimizer_ms"])]
             cells += [f"{row['tokens_per_second']:.0f}", f"{100 * row['mfu']:.1f}%"]
         lines.append(cells + [""] * (len(header) - len(cells)))
+    tiles = f"MLP tiles of {payload['tile_mlp']} tokens"
+    if payload.get("tile_block"):
+        tiles = f"blocks in tiles of {payload['tile_block']} tokens, {payload['head_groups']} groups of heads"
+    if payload.get("checkpoint_every", 1) > 1:
+        tiles += f", inputs of every {payload['checkpoint_every']}. block kept"
+    if payload.get("keep_last"):
+        tiles += f", those of the last {payload['keep_last']} on the device"
     note = (
         f"{payload['model']}, one rank of {payload['gpus']}: attention {payload['attention']}, activations "
-        f"{payload['activations']}, MLP tiles of {payload['tile_mlp']} tokens. * from one and two of the layers, "
+        f"{payload['activations']}, {tiles}. * from one and two of the layers, "
         f"transfers hidden; MFU over {payload['peak']:g} TFLOP/s."
     )
     parts = [describe(payload["machine"]), note, "", markdown(header, lines)]
@@ -213,20 +228,26 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", default=["512k", "700k", "1m"], help="tokens; k is 1024")
     parser.add_argument("--attention", default="save")
     parser.add_argument("--activations", default="offload")
-    parser.add_argument("--tile-mlp", type=int, default=16384)
+    parser.add_argument("--tile-mlp", type=int, help="default 16384 without --tile-block")
+    parser.add_argument("--tile-block", type=int, help="tokens that a block works on at a time, but for attention")
+    parser.add_argument("--head-groups", type=int, default=1, help="of attention, in turn; with --tile-block")
+    parser.add_argument("--checkpoint-every", type=int, default=1, help="blocks per kept input")
+    parser.add_argument("--keep-last", type=int, default=0, help="blocks that offload nothing")
     parser.add_argument("--rounds", type=int, default=1, help="of timed steps after a first one")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--find-max", action="store_true", help="only the longest context that fits")
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     arguments = parser.parse_args()
+    if arguments.tile_mlp is None and arguments.tile_block is None:
+        arguments.tile_mlp = 16384
     torch.manual_seed(0)
     sequence_ranks = arguments.gpus if arguments.sequence_ranks is None else arguments.sequence_ranks
     if not 1 <= sequence_ranks <= arguments.gpus or arguments.gpus % sequence_ranks:
         parser.error(f"expected --sequence-ranks that divide {arguments.gpus} GPUs, got {sequence_ranks}")
     begin(arguments.gpus, arguments.gpus // 2)
     bench = Bench(arguments)
-    keys = ("model", "gpus", "attention", "activations", "tile_mlp", "peak", "sequence_ranks")
+    keys = ("model", "gpus", "attention", "activations", *OPTIONS, "peak", "sequence_ranks")
     payload: dict[str, Any] = {"machine": machine(arguments.commit)} | {key: getattr(arguments, key) for key in keys}
     payload["rows"] = []
     name = arguments.name or f"{arguments.model}-{arguments.attention}-{arguments.activations}"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .autograd import attention_op
+from .autograd import attention_backward_op, attention_op
 from .comm import Group, LoopbackGroup, agree, communicator, find_ranks_per_host, group_name
+from .intercept import Attention, attend
 from .layout import grid_of
 from .ulysses import ulysses_op
 from .validation import as_boundaries
@@ -69,10 +70,7 @@ def _attention(
         # Tell the other ranks before raising: they wait for this one.
         agree([communicator(name, q.device) for name in names], {}, error)
         raise error
-    results = (ulysses_op if exchanges else attention_op)(
-        q,
-        k,
-        v,
+    rest = (
         *names,
         method,
         transfer,
@@ -86,6 +84,12 @@ def _attention(
         deterministic,
         *(() if exchanges else (ranks_per_host,)),
     )
+    call = (
+        Attention(ulysses_op, None, rest, return_lse)
+        if exchanges
+        else Attention(attention_op, attention_backward_op, rest, return_lse)
+    )
+    results = attend(call, q, k, v)
     return tuple(results[:2]) if return_lse else results[0]
 
 

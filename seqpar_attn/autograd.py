@@ -122,7 +122,8 @@ def _attention_backward(
     deterministic: bool,
     ranks_per_host: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`_attention`."""
+    """``(dq, dk, dv)`` in the input dtype, given the results of :func:`_attention`; ``out`` may be ``rowsum(dout *
+    out)``, ``[batch, nheads, seqlen]`` in the accumulator dtype, instead."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens)
     call = Call(
         method,

@@ -21,7 +21,8 @@ def define(
     fake: Callable[..., Any],
     differentiable: type[torch.autograd.Function] | None = None,
 ) -> Callable[..., Any]:
-    """``seqpar_attn::name``, the same on every device; no argument has a default, none is changed or returned.
+    """``seqpar_attn::name``, the same on every device; no argument is changed or returned. The dispatcher leaves out
+    the last arguments if they are their defaults.
 
     ``fake`` makes results without values. ``differentiable`` is applied where a gradient is asked for; its ``forward``
     calls the operator through :func:`below_autograd`. Without it there is no gradient.

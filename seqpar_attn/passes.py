@@ -232,7 +232,10 @@ class Forward(Pass):
 
 
 class Backward(Pass):
-    """Tensors: q, k, v, dout, lse, out; the gradient of q; dk and dv or their accumulators; that of dq; delta."""
+    """Tensors: q, k, v, dout, lse, out; the gradient of q; dk and dv or their accumulators; that of dq; delta.
+
+    ``out`` may be ``rowsum(dout * out): [batch, nheads, seqlen]`` in the accumulator dtype instead, of who needs the
+    memory of ``out``; nothing else is made of it."""
 
     def __init__(
         self,
@@ -266,8 +269,11 @@ class Backward(Pass):
         """``(dq, dk, dv)`` of ``q, k, v, dout, lse, out``, in the input dtype (wide keys: accumulators)."""
         with on_device_of(given[0]):
             self.begin(given)
-            self.launch("delta", self._delta)
             grad, dk, dv, _, delta = self.pieces.tensors[6:]
+            if given[5].ndim == 3:
+                delta.copy_(given[5])
+            else:
+                self.launch("delta", self._delta)
             if dlse is not None:
                 delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
             self.run(comm)
@@ -422,7 +428,8 @@ def backward_pass(
     wide_keys: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype; with ``wide_keys``, dk
-    and dv in the accumulator dtype, for who adds something to them."""
+    and dv in the accumulator dtype, for who adds something to them. ``out``: that, or ``rowsum(dout * out)`` as
+    ``[batch, nheads, seqlen]`` in the accumulator dtype."""
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv

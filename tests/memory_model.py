@@ -18,6 +18,7 @@ class Attention(nn.Module):
     def __init__(self, group: Any, backend: str, own: bool = True, deterministic: bool = False):
         super().__init__()
         self.group, self.backend, self.own, self.deterministic = group, backend, own, deterministic
+        self.function = seqpar_attn.ring_attention
         self.qkv = nn.Linear(DIM, (HEADS + 2 * KV_HEADS) * HEADDIM, bias=False)
         self.proj = nn.Linear(HEADS * HEADDIM, DIM, bias=False)
 
@@ -25,7 +26,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(hidden).unflatten(-1, (-1, HEADDIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
         if self.own:
             options = {"group": self.group, "backend": self.backend, "deterministic": self.deterministic}
-            out = seqpar_attn.ring_attention(q, k, v, **options)
+            out = self.function(q, k, v, **options)
         else:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -43,6 +43,21 @@ def test_the_same_bits(ids, policy, tile_mlp):
     applied.remove()
 
 
+@pytest.mark.parametrize(
+    "options", [{"head_groups": 2}, {"checkpoint_every": 2, "keep_last": 1}], ids=["heads", "every"]
+)
+def test_blocks_in_stages(ids, options):
+    """Delta instead of out, heads in turn, and inputs that come back or are computed again, on their streams."""
+    model = build()
+    expected = gradients(model, ids)
+    applied = memory.apply(model, attention="recompute", activations="offload", tile_block=5000, **options)
+    for _ in range(3):
+        for name, x in gradients(model, ids).items():
+            torch.testing.assert_close(x, expected[name], rtol=3e-2, atol=3e-2 * expected[name].abs().max().item())
+    gc.collect()
+    applied.remove()
+
+
 def held(policy):
     """Bytes that a forward leaves on the device, without what the head keeps."""
     model = build()

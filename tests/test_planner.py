@@ -142,7 +142,9 @@ def test_there_are_measurements():
 @pytest.mark.parametrize(("payload", "row"), ONE_RANK)
 def test_predictions_are_near_one_rank_measurements(payload, row):
     """Memory within 5% and time within 10%, for the H100's built-in rates; the files measure without any waiting."""
-    policy = Policy("ring", payload["attention"], payload["activations"], payload["tile_mlp"])
+    names = ("tile_block", "head_groups", "checkpoint_every", "keep_last")
+    options = {name: payload[name] for name in names if name in payload}
+    policy = Policy("ring", payload["attention"], payload["activations"], payload["tile_mlp"], **options)
     cluster = make_cluster(payload["gpus"], LINKS["nvlink4"])
     found = make_plan(MODELS[payload["model"]], H100, cluster, row["context"], policy)
     predicted = found.memory.total + _stand_ins(found.model, payload["gpus"], found.tokens)
@@ -288,6 +290,24 @@ def test_recomputing_costs_time_and_saves_memory():
     assert again.step.total > 1.15 * saved.step.total
     assert offloaded.memory.total < 0.75 * saved.memory.total
     assert offloaded.memory.host > saved.memory.host > 0
+
+
+def test_blocks_in_stages_hold_few_units_of_hidden_states():
+    """The bytes per token of docs/memory.md: 6.8 hidden states for Llama-3-8B with every key head by itself."""
+    llama = MODELS["llama-3-8b"]
+    policy = Policy("ring", "recompute", "offload", None, tile_block=8192, head_groups=8)
+    sizes = [predict_memory(llama, EIGHT, policy, n) for n in (450000, 460000)]
+    assert {x.moment for x in sizes} == {"attention's backward, first block"}
+    units = (sizes[1].total - sizes[0].total) / 10000 / (2 * llama.hidden)
+    rows, rotary, group = 1 / 64, 1 / 16, (4 + 24 / 4 + 1 / 64) / 8
+    assert units == pytest.approx(2 + 2 + 1 + 2 * rows + rotary + 2 / 4 + group, rel=1e-3)
+    every = Policy(
+        "ring", "recompute", "offload", None, tile_block=8192, head_groups=8, checkpoint_every=2, keep_last=2
+    )
+    assert predict_memory(llama, EIGHT, every, 450000).host == sizes[0].host * 15 / 32
+    assert make_plan(llama, H100, EIGHT, 3700000, policy).fits
+    with pytest.raises(ValueError, match="expected head_groups to divide 8 key heads, got 3"):
+        make_plan(llama, H100, EIGHT, 3700000, Policy(tile_mlp=None, tile_block=8192, head_groups=3))
 
 
 # Choosing ---------------------------------------------------------------------------------------------------------

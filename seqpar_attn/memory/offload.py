@@ -117,14 +117,15 @@ class Offloaded:
                 self.here.copy_(self.buffer.view(self.like), non_blocking=True)
             self._arrived = arrived
 
-    def get(self) -> torch.Tensor:
-        """The tensor, on the device; the caller's copy is the last one there."""
+    def get(self, stays: bool = False) -> torch.Tensor:
+        """The tensor, on the device; the caller's copy is the last one there, unless it ``stays`` for a later call."""
         self.fetch()
-        tensor, self.here = self.here, None
+        tensor = self.here
         assert tensor is not None
         self._wait(self._left if self._arrived is None else self._arrived)
-        self._arrived = None
-        return tensor.requires_grad_(self.requires_grad)
+        if not stays:
+            self.here = self._arrived = None
+        return tensor.detach().requires_grad_(self.requires_grad)
 
     def release(self) -> None:
         """Give the host memory back."""

@@ -8,10 +8,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def tiled(function: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def tiled(
+    function: Callable[[torch.Tensor], torch.Tensor], tokens: int, random: bool = True
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """``function`` on ``[..., seqlen, dim]``, ``tokens`` at a time; in the backward pass each tile is computed again.
 
     ``function`` must treat every token by itself, as a transformer's MLP does (the method of ALST, arXiv 2506.13996).
+    ``random``: it may draw random numbers, and draws the same ones again.
     """
 
     @torch.compiler.disable  # the function may be compiled, once for all tiles of a length
@@ -19,6 +22,7 @@ def tiled(function: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> Call
         tiles = hidden.split(tokens, dim=-2)
         if not torch.is_grad_enabled():
             return torch.cat([function(x) for x in tiles], dim=-2)
-        return torch.cat([checkpoint(function, x, use_reentrant=False) for x in tiles], dim=-2)
+        found = [checkpoint(function, x, use_reentrant=False, preserve_rng_state=random) for x in tiles]
+        return torch.cat(found, dim=-2)
 
     return call

@@ -3,7 +3,8 @@
 Parameters, gradients and AdamW's states are float32 shards of FSDP2, computation is bfloat16, every block is
 checkpointed by :func:`seqpar_attn.memory.apply`, and the loss is :func:`seqpar_attn.linear_cross_entropy`. The blocks
 are Hugging Face's, eager. The worst moment is one of six: attention's backward, the MLP's backward, each in the block
-that is first and the one that is last on the way back, the loss, or attention's forward.
+that is first and the one that is last on the way back, the loss, or attention's forward. Blocks in stages
+(``tile_block``) have a list of their own.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ def _attention(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, backwa
 
 
 def _kept(model: Model, policy: Policy, s: _Sizes, layers: int) -> Parts:
-    """What ``layers`` blocks still hold, and the block at work. Offloaded tensors of two are on the device."""
-    results = {"save": layers, "offload": 2, "recompute": 1}[policy.attention]
-    inputs = {"keep": layers, "offload": 2}[policy.activations]
+    """What ``layers`` blocks still hold, and the block at work. Offloaded tensors of two are on the device, or of as
+    many as stay there. Where not every input is kept, one more is computed again and another one waits for that."""
+    stay = max(2, policy.keep_last)
+    results = {"save": layers, "offload": stay, "recompute": 1}[policy.attention]
+    inputs = layers if policy.activations == "keep" else stay
+    if policy.checkpoint_every > 1:
+        inputs = max(2, 1 + -(-inputs // policy.checkpoint_every))
     return {
         "attention's results": min(results, layers) * (s.query + s.lse),
         "inputs of blocks": min(inputs, layers) * s.hidden,
@@ -115,6 +120,8 @@ def _weights(model: Model, cluster: Cluster, done: int) -> Parts:
 
 def _moments(model: Model, cluster: Cluster, policy: Policy, tokens: int) -> dict[str, Parts]:
     s = _sizes(model, tokens)
+    if policy.tile_block is not None:
+        return _staged_moments(model, cluster, policy, s, policy.tile_block)
     norm = 4 * s.hidden
     """A norm keeps its input in float32, and the normalized states before and after the weight."""
     residual = s.hidden
@@ -147,6 +154,54 @@ def _moments(model: Model, cluster: Cluster, policy: Policy, tokens: int) -> dic
     return moments
 
 
+def _group(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, backward: bool) -> Parts:
+    """Attention's buffers and operands for one group of heads; in backward without dout, which is a part of a whole."""
+    n = policy.head_groups
+    part = _Sizes(s.tokens, s.hidden, s.query // n, s.key // n, s.middle, s.lse // n)
+    found = _attention(model, cluster, policy, part, backward)
+    found["attention: operands"] = part.query + 2 * part.key
+    if not backward and n > 1:
+        found["attention: operands"] += part.query + part.lse  # its result, before it joins the whole
+    return found
+
+
+def _staged_moments(model: Model, cluster: Cluster, policy: Policy, s: _Sizes, tokens: int) -> dict[str, Parts]:
+    """Of blocks in stages (:mod:`seqpar_attn.memory.staged`); the table in ``docs/memory.md`` has the same terms."""
+    n = policy.head_groups
+    layer = model.attention_weights + model.mlp_weights
+    static = {
+        "parameters and optimizer": 12 * model.parameters / cluster.gpus,
+        "rotary embeddings": 4 * s.tokens * model.headdim,
+    }
+    # A tile: the MLP's seven, and some twenty hidden states, most of them in float32, of norms and sums.
+    tile = {"a tile": min(1.0, tokens / s.tokens) * (7 * s.middle + 20 * s.hidden)}
+    # Overwritten by their gradients if they are not kept on the device and if the operator takes delta for them.
+    results = s.query + 2 * s.lse
+    if policy.attention == "save" or policy.method in ("ulysses", "usp"):
+        results += s.query
+    recomputed = {"attention's results": 0.0} if policy.attention == "recompute" else {}
+    moments = {}
+    for place, left, done in (("first", model.layers, 0), ("last", 1, model.layers - 1)):
+        common = static | _weights(model, cluster, done) | _kept(model, policy, s, left) | recomputed
+        common["gradients"] += 4 * layer  # sums over tiles, in float32
+        # The gradient of the output becomes that of the input, but for the first block's, which is not a block's.
+        common["activations of a block"] = (1 if done else 2) * s.hidden + results
+        common["gradients of keys and values"] = 2 * s.key if n > 1 else 0
+        moments[f"attention's backward, {place} block"] = common | _group(model, cluster, policy, s, True)
+        moments[f"a tile's backward, {place} block"] = common | {"gradients of keys and values": 2 * s.key} | tile
+    everything = static | _weights(model, cluster, 0) | _kept(model, policy, s, model.layers) | recomputed
+    # The decoder holds the embedding to the end.
+    forward = everything | {"activations of a block": s.hidden + s.query + s.lse}
+    moments["attention's forward"] = forward | _group(model, cluster, policy, s, False)
+    moments["a tile's forward"] = forward | tile | {"activations of a block": 2 * s.hidden + s.query + s.lse}
+    # Hidden states; their norm and its gradient in float32, or that in float32 and bfloat16; the weight's in float32.
+    moments["the loss"] = everything | {
+        "activations of a block": 4 * s.hidden,
+        "logits": LOGITS_BYTES + 4 * model.head_weights,
+    }
+    return moments
+
+
 @dataclass(frozen=True)
 class Memory:
     """``parts`` in bytes at ``moment``, the worst of a step; ``host`` bytes of page-locked memory per GPU."""
@@ -165,5 +220,7 @@ def predict_memory(model: Model, cluster: Cluster, policy: Policy, tokens: int) 
     moments = _moments(model, cluster, policy, tokens)
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     s = _sizes(model, tokens)
-    host = (s.query + s.lse) * (policy.attention == "offload") + s.hidden * (policy.activations == "offload")
-    return Memory(worst, tuple((name, size) for name, size in moments[worst].items() if size), model.layers * host)
+    away = max(0, model.layers - policy.keep_last)
+    host = away * (s.query + s.lse) * (policy.attention == "offload")
+    host += -(-away // policy.checkpoint_every) * s.hidden * (policy.activations == "offload")
+    return Memory(worst, tuple((name, size) for name, size in moments[worst].items() if size), host)

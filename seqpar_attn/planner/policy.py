@@ -22,6 +22,10 @@ class Policy:
     activations: str = "offload"
     tile_mlp: int | None = 16384
     ulysses: int | None = None
+    tile_block: int | None = None
+    head_groups: int = 1
+    checkpoint_every: int = 1
+    keep_last: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", METHODS), ("attention", ATTENTION), ("activations", ACTIVATIONS)):
@@ -29,12 +33,35 @@ class Policy:
                 raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.tile_mlp is not None and self.tile_mlp < 1:
             raise ValueError(f"expected tile_mlp to be a positive number of tokens or none, got {self.tile_mlp}")
+        if self.tile_block is not None and (self.tile_block < 1 or self.tile_mlp is not None):
+            raise ValueError(
+                f"expected tile_block to be a positive number of tokens without tile_mlp, got {self.tile_block} with "
+                f"tile_mlp {self.tile_mlp}"
+            )
+        if self.head_groups < 1 or (self.head_groups > 1 and self.tile_block is None):
+            raise ValueError(f"expected head_groups to be positive, and 1 without tile_block, got {self.head_groups}")
+        if self.checkpoint_every < 1 or self.keep_last < 0:
+            raise ValueError(
+                f"expected checkpoint_every of at least 1 and keep_last of at least 0, got {self.checkpoint_every} and "
+                f"{self.keep_last}"
+            )
         if self.ulysses is not None and self.method != "usp":
             raise ValueError(f"expected ulysses with method 'usp' only, got {self.ulysses} with {self.method!r}")
+
+    @property
+    def again(self) -> float:
+        """Forwards that blocks run once more because the next one's input was not kept, per block."""
+        return (self.checkpoint_every - 1) / self.checkpoint_every
 
     def __str__(self) -> str:
         degree = f" (Ulysses {self.ulysses})" if self.ulysses else ""
         tiles = f"MLP tiles of {self.tile_mlp}" if self.tile_mlp else "MLP whole"
+        if self.tile_block:
+            tiles = f"block tiles of {self.tile_block}, {self.head_groups} groups of heads"
+        if self.checkpoint_every > 1:
+            tiles += f", a checkpoint every {self.checkpoint_every} blocks"
+        if self.keep_last:
+            tiles += f", the last {self.keep_last} on the GPU"
         return f"{self.method}{degree}, attention {self.attention}, activations {self.activations}, {tiles}"
 
 
@@ -79,6 +106,8 @@ def exchanges(model: Model, gpus: int) -> list[int]:
 
 def degree(model: Model, gpus: int, policy: Policy) -> int:
     """Ranks that exchange heads under a policy, 1 for rings; ValueError where heads do not divide."""
+    if model.kv_heads % policy.head_groups:
+        raise ValueError(f"expected head_groups to divide {model.kv_heads} key heads, got {policy.head_groups}")
     if policy.method not in ("ulysses", "usp"):
         return 1
     possible = exchanges(model, gpus)
@@ -90,5 +119,10 @@ def degree(model: Model, gpus: int, policy: Policy) -> int:
         raise ValueError(
             f"expected the ranks that exchange heads to be one of {', '.join(map(str, possible))} for {model.heads} "
             f"heads on {gpus} GPUs, got {wanted}: or choose method 'ring', or 'usp' with one of these"
+        )
+    if model.heads // policy.head_groups % wanted:
+        raise ValueError(
+            f"expected groups of heads that the {wanted} ranks which exchange them divide, got "
+            f"{model.heads // policy.head_groups} heads in each of {policy.head_groups} groups"
         )
     return wanted

@@ -26,15 +26,23 @@ class Runs:
 
     gate_up: float
     down: float
-    block: int = 2
+    block: float = 2
 
 
 def runs(policy: Policy, tokens: int) -> Runs:
     """Tiles of an MLP are checkpoints in the block's: both run again, but the block's stops at the last tile."""
+    if policy.tile_block is not None:
+        # Norms and projections up to attention: for every group of heads, forward and backward, and in a recomputation
+        # of attention; once with what follows, forward and backward, and once for their own gradients. (The output
+        # projection, which runs less often, is counted as often.)
+        recompute = policy.attention == "recompute"
+        groups = policy.head_groups * (2 + recompute)
+        again = policy.again * (1 + policy.head_groups * recompute)
+        return Runs(2.0 + policy.again, 2.0 + policy.again, groups + 3 + again)
     if policy.tile_mlp is None:
-        return Runs(2.0, 1.0)
+        return Runs(2.0 + policy.again, 1.0 + policy.again, 2 + policy.again)
     last = (tokens % policy.tile_mlp or policy.tile_mlp) / tokens if tokens > policy.tile_mlp else 1.0
-    return Runs(3.0 - last, 2.0 - last)
+    return Runs(3.0 - last + policy.again, 2.0 - last + policy.again, 2 + policy.again)
 
 
 def elementwise_bytes(model: Model, policy: Policy, tokens: int) -> float:
@@ -45,7 +53,9 @@ def elementwise_bytes(model: Model, policy: Policy, tokens: int) -> float:
     rope = (n.block * ROPE_FORWARD + ROPE_BACKWARD) * heads
     sums = (2 * n.block + 3) * ADD * model.hidden  # residuals; gradients where ways meet, at both, and of gate and up
     silu = (n.gate_up * 10 + 18) * model.intermediate
-    tiles = 4 * (n.gate_up + 1) * model.hidden if policy.tile_mlp else 0  # joined, and cut in backward
+    tiles = (
+        4 * (n.gate_up + 1) * model.hidden if policy.tile_mlp or policy.tile_block else 0
+    )  # joined, and cut in backward
     weights = 14 * (model.attention_weights + model.mlp_weights)  # FSDP2: gathered ones in place, gradients widened
     return tokens * (norms + rope + sums + silu + tiles) + weights
 
@@ -91,6 +101,7 @@ def predict_step(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, token
     layers = model.layers
     forward, backward, exchange_again = attention_cost(model, gpu, cluster, policy, tokens)
     again = forward if policy.attention == "recompute" else Cost(exchange=exchange_again)
+    repeats = 1.0 + policy.again * (policy.attention == "recompute")
     products = gemm_flops(model, policy, tokens) / gpu.gemm_tflops / 1e12
     other = elementwise_bytes(model, policy, tokens) / gpu.copy_gbps / 1e9
     # A quarter of what is not attention is the first forward, roughly: what FSDP's and the host's copies hide behind.
@@ -103,7 +114,7 @@ def predict_step(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, token
     busy = backward.transfers + again.transfers + backward.exchange + again.exchange
     fsdp += max(0.0, gather + scatter - max(0.0, second - busy))
 
-    kept = 2 * model.hidden * (policy.activations == "offload")
+    kept = 2 * model.hidden * (policy.activations == "offload") / policy.checkpoint_every
     kept += (2 * model.headdim + 4) * model.heads * (policy.attention == "offload")
     copy = tokens * kept / gpu.host_gbps / 1e9
     offload = max(0.0, copy - first) + max(0.0, copy - second)
@@ -115,7 +126,7 @@ def predict_step(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, token
     parts = {
         "attention, forward": layers * forward.compute,
         "attention, backward": layers * backward.compute,
-        "attention, computed again": layers * again.compute,
+        "attention, computed again": layers * again.compute * repeats,
         "waiting for the ring": layers * ring,
         "exchanging heads": layers * heads,
         "matrix products of layers": layers * products,
