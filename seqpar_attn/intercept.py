@@ -25,8 +25,8 @@ class Attention:
 
     operator: Callable[..., Results]
     backward: Callable[..., Results] | None
-    """``(dq, dk, dv)`` of ``(dout, dlse, q, k, v, out, lse, *rest)``, where that is all a gradient needs; ``out`` may be
-    ``rowsum(dout * out)``, see ``autograd``. None for Ulysses, which keeps more."""
+    """``(dq, dk, dv)`` of ``(dout, dlse, q, k, v, out, lse, *rest)``, where a gradient needs no more than that; ``out``
+    may be ``rowsum(dout * out)``, see ``autograd``. None for Ulysses, which keeps more."""
     rest: tuple[Any, ...]
     wants_lse: bool
     """Whether the caller gets ``lse`` as well, and may use it."""
