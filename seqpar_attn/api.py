@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from .autograd import attention_op
+from .autograd import attention_backward_op, attention_op
 from .comm import Group, LoopbackGroup, agree, communicator, group_name
 from .intercept import Attention, attend
 from .layout import grid_of
@@ -78,7 +78,8 @@ def _attention(
         backend,
         deterministic,
     )
-    results = attend(Attention(ulysses_op if exchanges else attention_op, rest, return_lse), q, k, v)
+    operator, gradients = (ulysses_op, None) if exchanges else (attention_op, attention_backward_op)
+    results = attend(Attention(operator, gradients, rest, return_lse), q, k, v)
     return tuple(results[:2]) if return_lse else results[0]
 
 
