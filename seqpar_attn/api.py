@@ -84,12 +84,8 @@ def _attention(
         deterministic,
         *(() if exchanges else (ranks_per_host,)),
     )
-    call = (
-        Attention(ulysses_op, None, rest, return_lse)
-        if exchanges
-        else Attention(attention_op, attention_backward_op, rest, return_lse)
-    )
-    results = attend(call, q, k, v)
+    operator, gradients = (ulysses_op, None) if exchanges else (attention_op, attention_backward_op)
+    results = attend(Attention(operator, gradients, rest, return_lse), q, k, v)
     return tuple(results[:2]) if return_lse else results[0]
 
 

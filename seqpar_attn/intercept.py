@@ -21,12 +21,14 @@ Results = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Attention:
-    """A call of attention but for its tensors: ``operator(q, k, v, *rest)`` begins with ``(out, lse)``."""
+    """A call of attention but for its tensors: ``operator(q, k, v, *rest)`` begins with ``(out, lse)``.
+
+    ``gradients(dout, None, q, k, v, delta, lse, *rest)`` gives ``dq, dk, dv``, with ``delta = rowsum(dout * out) -
+    dlse``, ``[b, h, s]`` of the dtype of ``lse``, in place of ``out``; None for operators that cannot.
+    """
 
     operator: Callable[..., Results]
-    backward: Callable[..., Results] | None
-    """``(dq, dk, dv)`` of ``(dout, dlse, q, k, v, out, lse, *rest)``, where a gradient needs no more than that; ``out``
-    may be ``rowsum(dout * out)``, see ``autograd``. None for Ulysses, which keeps more."""
+    gradients: Callable[..., Results] | None
     rest: tuple[Any, ...]
     wants_lse: bool
     """Whether the caller gets ``lse`` as well, and may use it."""

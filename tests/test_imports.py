@@ -77,6 +77,7 @@ def test_mask_schedule_and_planner_need_only_the_standard_library(module):
         (("memory",), {"kernels", "comm", "schedule", "mask", "layout", "batch", "autograd", "api", "loss"}),
         (tuple({room(m) for m in MODULES} - {"", "__main__", "planner"}), {"planner"}),
         (("kept",), {room(m) for m in MODULES} - {"kept"}),
+        (("intercept",), {room(m) for m in MODULES} - {"intercept"}),
     ],
     ids=lambda value: ("+".join(value) if len(value) < 12 else "all others") if isinstance(value, tuple) else "",
 )

@@ -247,12 +247,12 @@ class StagedBlock:
         """``(gradient of hidden, of parameters)``, given that of the output.
 
         ``into``: where the first goes, ``grad`` itself for example; None for a new tensor. ``own``: ``whole.out`` is
-        nobody else's. With a ring's operator it then becomes its own gradient, and that the gradient of the queries;
+        nobody else's. With a ring's operators it then becomes its own gradient, and that the gradient of the queries;
         else one more tensor like it does.
         """
         sums = _Sums(parameters)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if into is None else into
-        steps = _Backward(self, hidden, arguments, whole, own and whole.call.backward is not None, sums, dhidden)
+        steps = _Backward(self, hidden, arguments, whole, own and whole.call.gradients is not None, sums, dhidden)
         steps.after(grad)
         steps.attention()
         steps.before()
@@ -319,8 +319,8 @@ class _Backward:
             lse, extra = (None if x is None else _rows(x[:, heads]) for x in (self.whole.lse, self.extra))
             assert lse is not None
             if self.overwrite:
-                assert extra is not None and call.backward is not None
-                dq, *keys = call.backward(dout, None, *operands, extra, lse, *call.rest)
+                assert extra is not None and call.gradients is not None
+                dq, *keys = call.gradients(dout, None, *operands, extra, lse, *call.rest)
             else:
                 q, k, v = (x.requires_grad_() for x in operands)
                 known = _Known((self.whole.out[:, :, heads].contiguous(), lse))
