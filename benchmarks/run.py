@@ -109,7 +109,7 @@ PARTS = (
     Part(
         "soak", "soak", "random calls on 4 virtual ranks: memory and errors stay flat", "measured", (50, 900),
         {
-            "quick": ("--loopback 4 --calls 48 --every 6",),
+            "quick": ("--loopback 4 --quick",),
             "full": ("--loopback 4",),
             "dry": ("--cpu --loopback 2 --calls 24 --every 3 --tokens 64",),
         },

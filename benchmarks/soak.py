@@ -168,18 +168,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="calls from one sample to the next")
     parser.add_argument("--tokens", type=int, help="of the longest sequence; default: 384, or 1024 on GPUs")
-    parser.add_argument("--quick", action="store_true", help="100 calls, a sample every 10")
+    parser.add_argument(
+        "--distinct", type=int, help="problems in all: caches of what was worked out for them are full sooner"
+    )
+    parser.add_argument("--quick", action="store_true", help="120 calls of 9 problems, a sample every 10")
     parser.add_argument("--cpu", action="store_true", help="even if there are GPUs")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     a = parser.parse_args(arguments)
     os.environ.update(many.NO_MULTICAST)
     if a.quick:
-        a.calls, a.every = 100, 10
+        a.calls, a.every, a.distinct = 120, 10, 9
     if a.calls < FEWEST * a.every:
         parser.error(f"expected at least {FEWEST} samples, got {a.calls} calls with one every {a.every}")
     cuda = torch.cuda.is_available() and not a.cpu
     ranks = a.loopback or a.ranks
-    options = Options(a.calls, a.every, a.seed, a.tokens or (1024 if cuda else 384), bool(a.loopback), cuda)
+    options = Options(a.calls, a.every, a.seed, a.tokens or (1024 if cuda else 384), bool(a.loopback), cuda, a.distinct)
     header = machine(a.commit)
     samples = soak(options, ranks)
     transport = "loopback" if options.loopback else "nccl" if cuda else "gloo"

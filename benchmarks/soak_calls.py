@@ -34,6 +34,8 @@ class Options:
     """Of the longest sequence."""
     loopback: bool
     cuda: bool
+    distinct: int | None = None
+    """Problems, which then come again and again; None: every call may have another one."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def draw(options: Options, ranks: int, call: int) -> Problem:
     Two of five calls are one of a few that come again and again, some with another batch: as in training, where what
     was worked out for a call is used many times.
     """
+    if options.distinct is not None:
+        call %= options.distinct
     own = random.Random(f"{options.seed}/{call}")
     if own.random() < 0.6:
         return _draw(options, ranks, own)
