@@ -18,7 +18,7 @@
 
 VENV ?= .venv
 EXTRAS ?= test,demo,lint
-JOBS ?= 2
+JOBS ?= 3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SHELL := /bin/bash

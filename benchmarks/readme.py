@@ -334,15 +334,15 @@ def pictures() -> dict[str, list[Path]]:
 
 
 def draw(name: str) -> None:
-    import plots
+    import drawing
 
     sources, path = pictures()[name], ROOT / name
     if name == "docs/attention.png":
-        plots.attention(sources[0], path)
+        drawing.attention(sources[0], path)
     elif name == "docs/memory.png":
-        plots.memory(sources, path)
+        drawing.memory(sources, path)
     else:
-        plots.scale(sources[0], path)
+        drawing.scale(sources[0], path)
 
 
 def filled(text: str, where: str) -> str:
@@ -374,7 +374,7 @@ def differences() -> dict[str, str]:
 
 def stale() -> list[str]:
     """Pictures that are missing or drawn from other files."""
-    from plots import fingerprint, fingerprint_of
+    from drawing import fingerprint, fingerprint_of
 
     return [
         name

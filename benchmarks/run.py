@@ -183,10 +183,10 @@ def rows_in(part: Part, out: Path) -> tuple[list[Row], list[str], list[str]]:
 def draw(part: Part, rows: list[Row], out: Path) -> str | None:
     """Why there is no picture, or None."""
     try:
-        import plots
+        import drawing
     except ImportError as error:
         return f"no picture: {error}"
-    drawn = plots.bars(rows, out / f"{part.name}.png", part.what, results(part, out))
+    drawn = drawing.bars(rows, out / f"{part.name}.png", part.what, results(part, out))
     return None if drawn else "no picture: no two rows of one quantity"
 
 
