@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -402,13 +403,14 @@ def forward_pass(
     program = plan.program(False, comm.local_ranks, arena is not None)
     if program.slow:
         comm.open_slow()
-    shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
-    try:
-        played: Forward = shelf.pop()
-    except IndexError:  # none yet, or other threads are at them
-        played = Forward(plan, program, kernel, call, given, None if arena is None else arena.reserve)
-    result = played.play(comm, *given)
-    shelf.append(played)
+    with nullcontext() if arena is None else arena.turn():
+        shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
+        try:
+            played: Forward = shelf.pop()
+        except IndexError:  # none yet, or other threads are at them
+            played = Forward(plan, program, kernel, call, given, None if arena is None else arena.reserve)
+        result = played.play(comm, *given)
+        shelf.append(played)
     return result
 
 
@@ -437,11 +439,12 @@ def backward_pass(
     program = plan.program(True, comm.local_ranks, arena is not None)
     if program.slow:
         comm.open_slow()
-    shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
-    try:
-        played: Backward = shelf.pop()
-    except IndexError:
-        played = Backward(plan, program, kernel, call, given, wide_keys, None if arena is None else arena.reserve)
-    result = played.play(comm, dlse, *given)
-    shelf.append(played)
+    with nullcontext() if arena is None else arena.turn():
+        shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
+        try:
+            played: Backward = shelf.pop()
+        except IndexError:
+            played = Backward(plan, program, kernel, call, given, wide_keys, None if arena is None else arena.reserve)
+        result = played.play(comm, dlse, *given)
+        shelf.append(played)
     return result

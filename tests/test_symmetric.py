@@ -1,5 +1,6 @@
 """The transport that writes into peers' memory: its protocol, over memory that processes on CPUs share."""
 
+import threading
 import time
 
 import pytest
@@ -78,3 +79,40 @@ def test_unknown_or_different_transports_are_refused(pool):
     assert set(pool.run(refused, "p2p")) == {"expected one of p2p, symmetric on every rank, got p2p, symmetric"}
     with pytest.raises(ValueError, match="virtual ranks"):
         set_transport(seqpar_attn.LoopbackGroup(2), "symmetric")
+
+
+def in_threads(rank, world_size, inputs):
+    """Two threads' passes, in one order on every rank, of which the second begins while the first is at its start."""
+    set_transport(None, "symmetric")
+    fabric = communicator(dist.group.WORLD.group_name, torch.device("cpu")).fabric
+    begin, found, entered = fabric.begin, {}, threading.Event()
+
+    def slowly(where):
+        entered.set()
+        time.sleep(0.05)
+        begin(where)
+
+    fabric.begin = slowly
+    layout = seqpar_attn.get_layout("zigzag", world_size)
+
+    def attend(i):
+        q, k, v = (layout.shard(x, rank) for x in (inputs[i].q, inputs[i].k, inputs[i].v))
+        found[i] = seqpar_attn.ring_attention(q, k, v)
+
+    first, second = (threading.Thread(target=attend, args=(i,)) for i in range(2))
+    first.start()
+    entered.wait()
+    second.start()
+    first.join()
+    second.join()
+    set_transport(None, "p2p")
+    return found[0], found[1]
+
+
+def test_passes_of_two_threads_take_turns(pool):
+    inputs = [make_inputs(2 * pool.world_size * n) for n in (8, 8)]
+    ranks = pool.run(in_threads, inputs)
+    layout = seqpar_attn.get_layout("zigzag", pool.world_size)
+    for i, x in enumerate(inputs):
+        out = layout.unshard([found[i] for found in ranks])
+        torch.testing.assert_close(out, truth(x)["out"], rtol=0, atol=1e-12)

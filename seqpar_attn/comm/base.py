@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -19,14 +20,19 @@ class Handle(Protocol):
 
 
 class Arena(Protocol):
-    """Memory that slots for what travels must lie in, at the same places on every rank."""
+    """Memory that slots for what travels must lie in, at the same places on every rank. Passes share it, so they take
+    turns."""
 
     generation: int
     """Changes when what was reserved before may no longer be used. No two arenas of a process ever have the same."""
 
     def reserve(self, size: int) -> torch.Tensor:
-        """``size`` bytes, always the same ones: passes follow each other, so they share them. All ranks make the same
-        calls."""
+        """``size`` bytes, always the same ones. All ranks make the same calls."""
+        ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Entered around a pass that uses it: waits for other threads' passes, and orders what this one does on the
+        current stream behind what the last one did on its."""
         ...
 
 

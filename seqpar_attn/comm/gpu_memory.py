@@ -50,6 +50,7 @@ class GpuMemory:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         self._stream, self._aside = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self._queue = self._stream.cuda_stream
+        self._last: torch.cuda.Stream | None = None
         self._begun = torch.cuda.Event()
         self._arena_handle: Any = None
         self._arena, self._arena_bases = torch.empty(0, dtype=torch.uint8, device=device), [0] * self.world_size
@@ -114,6 +115,15 @@ class GpuMemory:
     def _check(self) -> None:
         if self._error is not None:
             raise CommunicationError(f"an earlier exchange failed: {self._error}")
+
+    def turn(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            # The flags' values go up with every exchange; a graph would write the same ones again and wait for nothing.
+            raise RuntimeError("expected no CUDA graph around the symmetric transport: capture with 'p2p' (NCCL)")
+        current = torch.cuda.current_stream(self.device)
+        if self._last is not None and self._last != current:
+            current.wait_stream(self._last)
+        self._last = current
 
     def begin(self, where: str) -> None:
         self._check()

@@ -71,6 +71,9 @@ class SharedMemory:
         other = self._arenas[peer].view(tensor.dtype)
         return other.as_strided(tensor.shape, tensor.stride(), offset // tensor.dtype.itemsize)
 
+    def turn(self) -> None:
+        pass
+
     def begin(self, where: str) -> None:
         self._queue = []  # errors come from an exchange's wait, where the caller knows which it was
 

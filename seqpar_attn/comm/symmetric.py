@@ -13,9 +13,11 @@ one order on every rank, too. A peer that is gone is the fabric's to notice.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +42,11 @@ class Fabric(Protocol):
 
     def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
         """The same place of ``peer``'s arena as ``tensor`` is of the own one."""
+        ...
+
+    def turn(self) -> None:
+        """Order what follows on the current stream behind what went before on the one that was current in the last
+        call. RuntimeError where this cannot work."""
         ...
 
     def begin(self, where: str) -> None:
@@ -75,6 +82,13 @@ class GrowingArena:
         self.fabric = fabric
         self.generation = next(_generations)
         self._memory: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._lock:
+            self.fabric.turn()
+            yield
 
     def reserve(self, size: int) -> torch.Tensor:
         if self._memory is None or self._memory.numel() < size:
