@@ -82,17 +82,18 @@ def test_unknown_or_different_transports_are_refused(pool):
 
 
 def in_threads(rank, world_size, inputs):
-    """Two threads' passes, in one order on every rank, of which the second begins while the first is at its start."""
+    """Two threads' passes, in one order on every rank, of which the second begins in the middle of the first."""
     set_transport(None, "symmetric")
     fabric = communicator(dist.group.WORLD.group_name, torch.device("cpu")).fabric
-    begin, found, entered = fabric.begin, {}, threading.Event()
+    end, found, entered = fabric.end, {}, threading.Event()
 
-    def slowly(where):
-        entered.set()
-        time.sleep(0.05)
-        begin(where)
+    def slowly():
+        if not entered.is_set():
+            entered.set()
+            time.sleep(0.3)
+        return end()
 
-    fabric.begin = slowly
+    fabric.end = slowly
     layout = seqpar_attn.get_layout("zigzag", world_size)
 
     def attend(i):
