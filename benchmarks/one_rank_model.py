@@ -15,7 +15,6 @@ from typing import Any
 import common  # noqa: F401  (first: finds the checkout)
 import torch
 import torch.distributed as dist
-from idle import Idle
 from one_rank import OneRank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
+from seqpar_attn.testing.still import Idle, Still
 
 ATTENTION = "seqpar_benchmark"
 
@@ -97,7 +97,7 @@ class Parts:
 @contextlib.contextmanager
 def stand_in(world_size: int, rank: int, parts: Parts | None, idle: bool, cuda: bool) -> Iterator[None]:
     """Attention of this rank without the other ones. ``idle``: its kernels do nothing, with all its buffers."""
-    comm = OneRank(world_size, rank, "device") if cuda else _Nothing(world_size, rank)
+    comm = OneRank(world_size, rank, "device") if cuda else Still(world_size, [rank])
     saved = autograd.communicator, autograd.forward_pass, autograd.backward_pass, kernels.resolve
     autograd.communicator = lambda name, device: comm  # type: ignore[assignment]
     if parts is not None:
@@ -109,26 +109,6 @@ def stand_in(world_size: int, rank: int, parts: Parts | None, idle: bool, cuda: 
         yield
     finally:
         autograd.communicator, autograd.forward_pass, autograd.backward_pass, kernels.resolve = saved  # type: ignore[assignment]
-
-
-class _Nothing:
-    """OneRank where there is no GPU: nothing moves."""
-
-    name = "one rank (nothing moves)"
-    arena = None
-
-    def __init__(self, world_size: int, rank: int):
-        self.world_size, self.local_ranks = world_size, (rank,)
-
-    def exchange(self, sends: Any, receives: Any) -> _Nothing:
-        return self
-
-    def wait(self) -> None:
-        pass
-
-    def agree(self, fields: Any, error: Exception | None) -> None:
-        if error is not None:
-            raise error
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):

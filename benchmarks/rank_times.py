@@ -15,11 +15,11 @@ import common  # noqa: F401  (first: finds the checkout)
 import many
 import torch
 import torch.distributed as dist
-from idle import Idle
 from rank_contenders import PUSHED, REFERENCE, Contender, Data, Problem, errors, ours, peers, results
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
+from seqpar_attn.testing.still import Idle, Still
 
 HEAD_START_CYCLES = 10_000_000  # about 5 ms, in which the host runs ahead as it does in a model
 BATCH_MS = 10.0
@@ -43,24 +43,9 @@ class Options:
 OURS = (*MEASURED_APART, "ulysses", "usp")
 
 
-class _Still:
-    """A communicator that moves nothing: what is left is a rank's computation, on what the buffers hold."""
-
-    name = "nothing moves"
-    arena = None
-
-    def __init__(self, like: Any):
-        self.world_size, self.local_ranks = like.world_size, like.local_ranks
-
-    def exchange(self, sends: Any, receives: Any) -> _Still:
-        return self
-
-    def wait(self) -> None:
-        pass
-
-    def agree(self, fields: Any, error: Exception | None) -> None:
-        if error is not None:
-            raise error
+def _still(like: Any) -> Still:
+    """What is left is a rank's computation, on what the buffers hold."""
+    return Still(like.world_size, like.local_ranks)
 
 
 _IDLE = Idle()
@@ -69,7 +54,7 @@ _IDLE = Idle()
 @contextlib.contextmanager
 def still() -> Iterator[None]:
     real = autograd.communicator
-    autograd.communicator = lambda name, device: _Still(real(name, device))  # type: ignore[assignment,return-value]
+    autograd.communicator = lambda name, device: _still(real(name, device))  # type: ignore[assignment,return-value]
     try:
         yield
     finally:

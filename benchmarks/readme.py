@@ -4,7 +4,8 @@
     python3 benchmarks/readme.py --check    # says what differs, exit status 1; a test does the same
 
 A table stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``; NAME is a function in BLOCKS, and what is
-between the two is never written by hand. No torch is needed, and matplotlib only for pictures.
+between the two is never written by hand. Torch is needed only for the table that the planner computes, whose package
+imports it, and matplotlib only for pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from files import RESULTS, ROOT, read
 
 GIB = 2**30
-PAGES = ("README.md", "docs/memory.md", "docs/scale.md")
+PAGES = ("README.md", "docs/communication.md", "docs/memory.md", "docs/scale.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -121,7 +122,48 @@ def ranks() -> str:
     return rows_to_table(["tokens per GPU", *RANKS], lines)
 
 
+def transports() -> str:
+    """Zigzag's milliseconds by both transports, and where nothing moves."""
+    directions = ("forward", "backward")
+    lines = []
+    for length in result("ranks/ranks-4", "ranks")["lengths"]:
+        rows = {(x["method"], x["direction"]): x for x in length["rows"]}
+        cells = [str(length["tokens_per_gpu"])]
+        for direction in directions:
+            nccl, pushed = (rows[name, direction] for name in ("zigzag", "zigzag, copy engines"))
+            values = nccl["slowest_ms"]["median"], pushed["slowest_ms"]["median"], pushed["computation_ms"]
+            cells += [f"{x:.2f}" for x in values]
+        lines.append(cells)
+    header = [f"{direction}: NCCL" if n == 0 else name for direction in directions for n, name in enumerate(TRANSPORTS)]
+    return rows_to_table(["tokens per GPU", *header], lines)
+
+
+TRANSPORTS = ("NCCL", "copy engines", "nothing moves")
+
+
 # Training ---------------------------------------------------------------------------------------------------------
+
+STAGED = [(1 << 20, 1, 2), (2 << 20, 1, 2), (3700000, 1, 2), (3700000, 1, 4), (5000000, 2, 2), (7000000, 2, 2)]
+"""Context, ``checkpoint_every`` and ``keep_last``."""
+
+
+def memory_staged() -> str:
+    """Computed here and now, by the planner."""
+    from seqpar_attn.planner.hardware import LINKS
+    from seqpar_attn.planner.memory import predict_memory
+    from seqpar_attn.planner.models import MODELS
+    from seqpar_attn.planner.plan import make_cluster
+    from seqpar_attn.planner.policy import Policy
+
+    eight, lines = make_cluster(8, LINKS["nvlink4"]), []
+    for context, every, last in STAGED:
+        options = {"tile_block": 8192, "head_groups": 8, "checkpoint_every": every, "keep_last": last}
+        policy = Policy("ring", "recompute", "offload", None, **options)
+        found = predict_memory(MODELS["llama-3-8b"], eight, policy, context // 8)
+        name = f"{context >> 10}K" if context % 1024 == 0 else str(context)
+        lines.append([name, f"{every}, {last}", f"{found.total / GIB:.1f} GiB", f"{found.host / GIB:.1f} GiB"])
+    return rows_to_table(["context", "`checkpoint_every`, `keep_last`", "GPU memory", "host memory per GPU"], lines)
+
 
 MODEL_NAMES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "llama-2-13b": "Llama-2-13B"}
 
@@ -313,7 +355,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention-portable": attention_portable,
     "ring": ring,
     "ranks": ranks,
+    "transports": transports,
     "memory": memory,
+    "memory-staged": memory_staged,
     "memory-peaks": memory_peaks,
     "memory-times": memory_times,
     "one-rank": one_rank,

@@ -82,7 +82,7 @@ def _attention(
         softmax_scale,
         backend,
         deterministic,
-        *(() if exchanges else (ranks_per_host,)),
+        ranks_per_host,
     )
     operator, gradients = (ulysses_op, None) if exchanges else (attention_op, attention_backward_op)
     results = attend(Attention(operator, gradients, rest, return_lse), q, k, v)

@@ -18,7 +18,7 @@ from .mask import Mask
 from .operator import below_autograd, define
 from .passes import backward_pass, forward_pass
 from .plan import Plan, make_plan
-from .validation import Call, check_call, check_tensors
+from .validation import CALL_SCHEMA, Call, check_call, check_tensors
 
 
 def _prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Communicator, call: Call) -> tuple[Plan, Kernel]:
@@ -49,36 +49,13 @@ def _attention(
     k: torch.Tensor,
     v: torch.Tensor,
     group: str,
-    method: str,
-    transfer: str,
-    layout: str,
-    causal: bool,
-    window_size: int | None,
-    cu_seqlens: list[int] | None,
-    softcap: float | None,
-    softmax_scale: float,
-    backend: str,
-    deterministic: bool,
-    ranks_per_host: int | None = None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of this process's shards; see :func:`seqpar_attn.ring_attention`."""
     known = kept.replayed(q)
     if known is not None:
         return known[0], known[1]
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(
-        method,
-        transfer,
-        layout,
-        causal,
-        window_size,
-        bounds,
-        softcap,
-        softmax_scale,
-        backend,
-        deterministic,
-        ranks_per_host,
-    )
+    call = Call.of(rest)
     comm = communicator(group, q.device)
     error: ValueError | None = None
     kernel: Kernel | None = None
@@ -110,34 +87,11 @@ def _attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     group: str,
-    method: str,
-    transfer: str,
-    layout: str,
-    causal: bool,
-    window_size: int | None,
-    cu_seqlens: list[int] | None,
-    softcap: float | None,
-    softmax_scale: float,
-    backend: str,
-    deterministic: bool,
-    ranks_per_host: int | None = None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dq, dk, dv)`` in the input dtype, given the results of :func:`_attention`; ``out`` may be ``rowsum(dout *
     out)``, ``[batch, nheads, seqlen]`` in the accumulator dtype, instead."""
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(
-        method,
-        transfer,
-        layout,
-        causal,
-        window_size,
-        bounds,
-        softcap,
-        softmax_scale,
-        backend,
-        deterministic,
-        ranks_per_host,
-    )
+    call = Call.of(rest)
     comm = communicator(group, q.device)
     plan, kernel = _prepare(q, k, v, comm, call)
     if comm.world_size > 1 and q.device.type == "cpu":
@@ -154,7 +108,12 @@ def _fake_backward(
     return dq, dk, dv
 
 
-attention_backward_op = define("attention_backward", _attention_backward, _fake_backward)
+attention_backward_op = define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str group, "
+    f"{CALL_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _fake_backward,
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -175,4 +134,9 @@ class _Attention(torch.autograd.Function):
         return (*gradients, *([None] * len(ctx.rest)))
 
 
-attention_op = define("attention", _attention, _fake, _Attention)
+attention_op = define(
+    f"attention(Tensor q, Tensor k, Tensor v, str group, {CALL_SCHEMA}) -> (Tensor, Tensor)",
+    _attention,
+    _fake,
+    _Attention,
+)

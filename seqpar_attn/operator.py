@@ -1,7 +1,7 @@
 """Operators of torch's dispatcher, with less Python around each call than ``torch.library.custom_op`` has.
 
 That one fills in defaults, looks for results that are their own inputs and chooses among devices in every call, which
-took half of a short call's host time. What is defined here sees the same dispatcher, so that torch.compile traces it
+takes much of a short call's host time. What is defined here sees the same dispatcher, so that torch.compile traces it
 and selective checkpointing saves its results.
 """
 
@@ -16,18 +16,19 @@ _library = torch.library.Library("seqpar_attn", "DEF")
 
 
 def define(
-    name: str,
+    schema: str,
     function: Callable[..., Any],
     fake: Callable[..., Any],
     differentiable: type[torch.autograd.Function] | None = None,
 ) -> Callable[..., Any]:
-    """``seqpar_attn::name``, the same on every device; no argument is changed or returned. The dispatcher leaves out
-    the last arguments if they are their defaults.
+    """The operator of ``schema``, ``name(arguments) -> results``, the same on every device. It has no defaults, and
+    changes or returns no argument.
 
     ``fake`` makes results without values. ``differentiable`` is applied where a gradient is asked for; its ``forward``
     calls the operator through :func:`below_autograd`. Without it there is no gradient.
     """
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    name = schema.partition("(")[0]
+    _library.define(schema)
     # Dynamo would look into what a compiled graph calls, too.
     _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"seqpar_attn::{name}", fake, lib=_library)

@@ -23,7 +23,7 @@ from .mask import Mask
 from .operator import below_autograd, define
 from .passes import backward_pass, forward_pass
 from .plan import Plan, make_plan
-from .validation import Call, check_call, check_tensors
+from .validation import CALL_SCHEMA, Call, check_call, check_tensors
 
 
 class _Grid:
@@ -96,21 +96,11 @@ def _ulysses(
     v: torch.Tensor,
     group: str,
     ring: str,
-    method: str,
-    transfer: str,
-    layout: str,
-    causal: bool,
-    window_size: int | None,
-    cu_seqlens: list[int] | None,
-    softcap: float | None,
-    softmax_scale: float,
-    backend: str,
-    deterministic: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of this process's shards, then ``q, k, v, out, lse`` as exchanged, for the backward pass; see
-    :func:`seqpar_attn.ulysses_attention`. ``method``: "ulysses" or "usp"."""
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
+    :func:`seqpar_attn.ulysses_attention`. ``rest``: a :class:`Call`, its method "ulysses" or "usp"."""
+    call = Call.of(rest)
     known = kept.replayed(q)
     grid = _Grid(group, ring, call, q.device)
     if known is not None:
@@ -170,20 +160,10 @@ def _ulysses_backward(
     nheads_kv: int,
     group: str,
     ring: str,
-    method: str,
-    transfer: str,
-    layout: str,
-    causal: bool,
-    window_size: int | None,
-    cu_seqlens: list[int] | None,
-    softcap: float | None,
-    softmax_scale: float,
-    backend: str,
-    deterministic: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dq, dk, dv)`` of the shards, given ``dout, dlse`` of the shards and the rest as it was exchanged."""
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens)
-    call = Call(method, transfer, layout, causal, window_size, bounds, softcap, softmax_scale, backend, deterministic)
+    call = Call.of(rest)
     grid = _Grid(group, ring, call, q.device)
     plan, kind = grid.plan(dout.shape[1]), (q.device, q.dtype, q.shape[3])
     kernel = kernels.resolve(call.backend, *kind, plan.kinds, call.softcap, call.deterministic)
@@ -216,7 +196,12 @@ def _fake_backward(
     return q.new_empty(dout.shape), k.new_empty(keys), v.new_empty(keys)
 
 
-ulysses_backward_op = define("ulysses_backward", _ulysses_backward, _fake_backward)
+ulysses_backward_op = define(
+    "ulysses_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"SymInt nheads_kv, str group, str ring, {CALL_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _ulysses_backward,
+    _fake_backward,
+)
 
 
 class _Ulysses(torch.autograd.Function):
@@ -238,4 +223,10 @@ class _Ulysses(torch.autograd.Function):
         return (*gradients, *([None] * len(ctx.rest)))
 
 
-ulysses_op = define("ulysses", _ulysses, _fake, _Ulysses)
+ulysses_op = define(
+    f"ulysses(Tensor q, Tensor k, Tensor v, str group, str ring, {CALL_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _ulysses,
+    _fake,
+    _Ulysses,
+)

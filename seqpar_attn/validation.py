@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -30,6 +31,19 @@ class Call:
     backend: str
     deterministic: bool
     ranks_per_host: int | None = None
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> Call:
+        """From what an operator of ``CALL_SCHEMA`` gets: all fields in order, ``cu_seqlens`` a list."""
+        call = cls(*arguments)
+        return call if call.cu_seqlens is None else replace(call, cu_seqlens=tuple(call.cu_seqlens))
+
+
+CALL_SCHEMA = (
+    "str method, str transfer, str layout, bool causal, SymInt? window_size, SymInt[]? cu_seqlens, float? softcap, "
+    "float softmax_scale, str backend, bool deterministic, SymInt? ranks_per_host"
+)
+"""A :class:`Call` as arguments of an operator of torch's dispatcher."""
 
 
 def as_boundaries(cu_seqlens: torch.Tensor | Sequence[int] | None) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
@@ -120,6 +121,20 @@ def run(x: Inputs, method: Method, world_size: int, rank: int | None = None, **m
     """Results of the whole sequence on virtual ranks (``rank`` None), or of this process's shard in a real group."""
     with keys_per_step((method.owners or 1 << 20) * max(1, x.q.shape[1] // world_size)):
         return _run(x, method, world_size, rank, **more)
+
+
+def other_bits(x: Inputs, methods: Iterable[Method], world_size: int, rank: int) -> list[tuple[str, str, float]]:
+    """Which of this process's results differ from virtual ranks', and by how much. Those have the same data and no
+    links, and a fixed order of sums makes what is right the same in every bit."""
+    differ = []
+    for method in methods:
+        layout = get_layout(method.layout, world_size)
+        whole = run(x, method, world_size, deterministic=True)
+        for name, t in run(x, method, world_size, rank, deterministic=True).items():
+            expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
+            if not torch.equal(t, expected):
+                differ.append((method.name, name, (t.double() - expected.double()).abs().max().item()))
+    return differ
 
 
 def _run(x: Inputs, method: Method, world_size: int, rank: int | None, **more) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from seqpar_attn import autograd, kernels
-from seqpar_attn.kernels.base import PlainKernel
+from seqpar_attn.testing.still import Idle, Still
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -34,38 +34,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return most
 
 
-class Idle(PlainKernel):
-    """A kernel that computes nothing; a pass has all its buffers."""
-
-    name = "idle"
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    backward = merge = accumulate = finish_dq = delta = forward
-
-
-class OneRank:
-    """A communicator of one rank of ``world_size``, for which nothing moves."""
-
-    name = "one rank"
-    arena = None
-
-    def __init__(self, world_size: int):
-        self.world_size, self.local_ranks = world_size, (world_size // 2,)
-
-    def exchange(self, sends: Any, receives: Any) -> OneRank:
-        return self
-
-    def wait(self) -> None:
-        pass
-
-    def agree(self, fields: Any, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-
 def idle_attention(monkeypatch: Any, world_size: int) -> None:
     """Attention of one rank of ``world_size``, with all its buffers and without what it computes."""
-    monkeypatch.setattr(autograd, "communicator", lambda name, device: OneRank(world_size))
+    monkeypatch.setattr(autograd, "communicator", lambda name, device: Still(world_size, [world_size // 2]))
     monkeypatch.setattr(kernels, "resolve", lambda *args, **kwargs: Idle())

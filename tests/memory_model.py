@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,3 +83,22 @@ def gradients(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> dict[str, t
     loss = F.cross_entropy(model(ids, **kwargs).flatten(0, 1).float(), ids.flatten())
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+POLICIES = list(itertools.product(("save", "offload", "recompute"), ("keep", "offload")))
+
+
+def make_model() -> Decoder:
+    """Always the same one, over 4 virtual ranks, float64."""
+    torch.manual_seed(0)
+    return Decoder(seqpar_attn.LoopbackGroup(4)).double()
+
+
+def make_ids() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")

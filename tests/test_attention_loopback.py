@@ -139,7 +139,7 @@ def test_torch_compile_sees_one_operator(group):
 def test_opcheck():
     x = make_inputs(16, dtype=torch.float32, headdim=8)
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
-    arguments = ("loopback:2", "ring", "pull", "zigzag", True, None, [0, 5, 16], None, 0.3, "auto", False)
+    arguments = ("loopback:2", "ring", "pull", "zigzag", True, None, [0, 5, 16], None, 0.3, "auto", False, None)
     torch.library.opcheck(torch.ops.seqpar_attn.attention.default, (*leaves, *arguments))
 
 

@@ -1,11 +1,10 @@
 """What is kept, offloaded and computed again changes no gradient, and attention is not computed twice."""
 
 import gc
-import itertools
 
 import pytest
 import torch
-from memory_model import Decoder, gradients
+from memory_model import POLICIES, Decoder, assert_same, gradients, make_ids, make_model
 from torch import nn
 
 import seqpar_attn
@@ -16,24 +15,15 @@ from seqpar_attn.memory import checkpoint, offload
 from seqpar_attn.memory.apply import blocks_of
 from seqpar_attn.testing.distributed import RankPool
 
-POLICIES = list(itertools.product(("save", "offload", "recompute"), ("keep", "offload")))
-
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Decoder(seqpar_attn.LoopbackGroup(4)).double()
+    return make_model()
 
 
 @pytest.fixture
 def ids():
-    return torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, x in got.items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+    return make_ids()
 
 
 @pytest.fixture

@@ -1,34 +1,23 @@
 """Blocks whose tokens come in tiles and whose heads come in groups: the same gradients, in less memory."""
 
-import itertools
-
 import pytest
 import torch
-from memory_model import Decoder, gradients
+from memory_model import POLICIES, Decoder, assert_same, gradients, make_ids, make_model
 from torch import nn
 
 import seqpar_attn
 from seqpar_attn import memory
 from seqpar_attn.testing.distributed import RankPool
 
-POLICIES = list(itertools.product(("save", "offload", "recompute"), ("keep", "offload")))
-
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Decoder(seqpar_attn.LoopbackGroup(4)).double()
+    return make_model()
 
 
 @pytest.fixture
 def ids():
-    return torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, x in got.items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+    return make_ids()
 
 
 @pytest.mark.parametrize(("tile_block", "head_groups", "checkpoint_every"), [(5, 2, 1), (100, 1, 2), (8, 2, 3)])

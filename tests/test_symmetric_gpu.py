@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import METHODS, make_inputs, run
+from attention_cases import METHODS, make_inputs, other_bits
 
 import seqpar_attn
 from seqpar_attn.comm import CommunicationError, communicator, set_transport
@@ -35,21 +35,11 @@ def name_of_transport():
 
 
 def many(rank, world_size, mask, shape, methods):
-    """What differs from virtual ranks, in any bit. A fixed order of sums makes what is right the same."""
     take_gpu(rank)
     set_transport(None, "symmetric")
     torch.manual_seed(0)
     x = make_inputs(world_size * 512, mask, device="cuda", **shape)
-    differ = []
-    for method in methods:
-        layout = seqpar_attn.get_layout(method.layout, world_size)
-        own = run(x, method, world_size, rank, deterministic=True)
-        whole = run(x, method, world_size, deterministic=True)
-        for name, t in own.items():
-            expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
-            if not torch.equal(t, expected):
-                differ.append((method.name, name, (t.double() - expected.double()).abs().max().item()))
-    return differ, name_of_transport()
+    return other_bits(x, methods, world_size, rank), name_of_transport()
 
 
 SHAPES = {
@@ -71,14 +61,9 @@ def long_call(rank, world_size, tokens):
     torch.manual_seed(0)
     x = make_inputs(world_size * tokens, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
     differ = []
-    for method in (METHODS[0], METHODS[1], METHODS[7]):
-        layout = seqpar_attn.get_layout(method.layout, world_size)
-        whole = run(x, method, world_size, deterministic=True)
-        for repetition in range(5):
-            time.sleep(0.01 * (rank if repetition % 2 else world_size - rank))
-            for name, t in run(x, method, world_size, rank, deterministic=True).items():
-                if not torch.equal(t, layout.shard(whole[name], rank, 2 if name == "lse" else 1)):
-                    differ.append((method.name, name, repetition))
+    for repetition in range(5):
+        time.sleep(0.01 * (rank if repetition % 2 else world_size - rank))
+        differ += other_bits(x, (METHODS[0], METHODS[1], METHODS[7]), world_size, rank)
     return differ
 
 

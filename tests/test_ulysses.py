@@ -190,7 +190,7 @@ def test_torch_compile_sees_one_operator():
 def test_opcheck():
     x = make_inputs(24, dtype=torch.float32, headdim=8, nheads_kv=1)
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
-    arguments = ("usp", "pull", "zigzag", True, None, [0, 5, 24], None, 0.3, "auto", False)
+    arguments = ("usp", "pull", "zigzag", True, None, [0, 5, 24], None, 0.3, "auto", False, None)
     torch.library.opcheck(torch.ops.seqpar_attn.ulysses.default, (*leaves, "loopback:2", "loopback:3", *arguments))
 
 

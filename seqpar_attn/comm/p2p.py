@@ -131,12 +131,14 @@ class P2P:
         self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
     ) -> _Pending:
         unpack = []
-        there = torch.device("cpu") if self._staged else self.device
-        outgoing = [(peer, tensor.contiguous().to(there)) for peer, tensor in sends[0]]
+        outgoing = [(peer, tensor.contiguous()) for peer, tensor in sends[0]]
+        if self._staged:
+            outgoing = [(peer, tensor.cpu()) for peer, tensor in outgoing]
         incoming = []
         for peer, tensor in receives[0]:
             buffer = tensor
             if self._staged or not tensor.is_contiguous():
+                there = "cpu" if self._staged else self.device
                 buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format, device=there)
                 unpack.append((tensor, buffer))
             incoming.append((peer, buffer))
