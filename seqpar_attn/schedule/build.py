@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..mask import Mask, Span
 from .blocks import Blocks
 from .data import Block, Kind, Merge, Result, Schedule, Step, Task, Transfer, consecutive, joinable
-from .placement import Placement, dist_flash_placement, ring_placement
+from .placement import Placement, dist_flash_placement, own_work_last, ring_placement
 
 METHODS = ("ring", "dist_flash")
 TRANSFERS = ("pull", "ring", "all_gather", "double")
@@ -454,6 +454,8 @@ def build_schedule(
     else:
         # Backward's sums of a host then end at the rank whose adapter they take.
         placement = ring_placement(shards, owners[transfer], host, own_number_last=backward)
+    if backward and not balanced and transfer == "pull" and per_rank == 2 and mask.causal and world_size > 1:
+        placement = own_work_last(placement, shards)
     builder = _Builder(spans, mask, placement, backward, host, -(-host // owners[transfer]))
     if transfer == "ring":
         builder.pass_around()

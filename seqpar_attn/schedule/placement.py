@@ -36,6 +36,17 @@ def ring_placement(
     return placement
 
 
+def own_work_last(placement: Placement, shards: list[Block]) -> Placement:
+    """The same, but half of the work on the own keys comes last: that of the later chunk's queries on the earlier keys.
+
+    Backward's last step is followed by the return of its dk and dv, which nothing would hide otherwise. What stays
+    first, while the first keys are on their way, begins the sums of all own keys.
+    """
+    first = [[(Block(x.owner, (chunk,)), Block(x.owner, (chunk,))) for chunk in x.chunks] for x in shards]
+    last = [[(Block(x.owner, x.chunks[1:]), Block(x.owner, x.chunks[:1]))] for x in shards]
+    return [first, *placement[1:], last]
+
+
 def dist_flash_placement(shards: list[Block]) -> Placement:
     """DistFlashAttn's balanced causal schedule (Li et al. 2023) on contiguous shards, complete for every world size.
 
