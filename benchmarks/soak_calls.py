@@ -16,7 +16,7 @@ import seqpar_attn
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
 from seqpar_attn.testing.errors import assert_error_rule, chance, error_report
-from seqpar_attn.testing.steps import keys_per_step
+from seqpar_attn.testing.steps import ring_steps
 from seqpar_attn.testing.truth import attention64
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -174,7 +174,7 @@ def play(rank: int, world_size: int, options: Options, ranks: int, calls: range)
         problem = draw(options, ranks, call)
         given, layout = whole(problem, options, call), get_layout(problem.layout, ranks)
         shards = [(layout.shard_all(x) if options.loopback else layout.shard(x, rank)).to(device) for x in given]
-        with keys_per_step(problem.owners * max(1, problem.seqlen // ranks)):
+        with ring_steps(problem.owners * max(1, problem.seqlen // ranks)):
             results = attend(problem, group, shards, layout=problem.layout)
     together = [seqpar_attn.gather(x, problem.layout, group).cpu() for x in results]
     del given, shards, results

@@ -11,15 +11,7 @@ from .layout import get_layout
 from .mask import Mask, MaskKind
 from .program import Program
 from .schedule import Block, Schedule, Task, build_schedule
-
-KEYS_PER_STEP = 16384
-"""Tokens of keys that a ring step gathers where shards are shorter: the fewer keys a launch attends, the more its
-accumulator's way to memory and back costs, and Python's time. Over more than this, buffers would only grow."""
-
-
-def owners_per_step(shard: int) -> int:
-    """How many ranks' keys a ring attends in one step, for a shard of so many tokens."""
-    return max(1, KEYS_PER_STEP // max(1, shard))
+from .schedule.choice import has_own_work_last, owners_per_step
 
 
 class Plan:
@@ -33,6 +25,7 @@ class Plan:
         world_size: int,
         mask: Mask,
         owners: int,
+        own_last: bool = False,
         ranks_per_host: int | None = None,
     ):
         spans = get_layout(layout, world_size).chunks(mask.seqlen)
@@ -44,6 +37,7 @@ class Plan:
                 backward=backward,
                 transfer=transfer,
                 owners_per_step=owners,
+                own_last=own_last and backward,
                 ranks_per_host=ranks_per_host,
             )
             for backward in (False, True)
@@ -82,9 +76,16 @@ class Plan:
 
 @functools.lru_cache(maxsize=32)
 def _make_plan(
-    method: str, transfer: str, layout: str, world_size: int, mask: Mask, owners: int, ranks_per_host: int | None
+    method: str,
+    transfer: str,
+    layout: str,
+    world_size: int,
+    mask: Mask,
+    owners: int,
+    own_last: bool,
+    ranks_per_host: int | None,
 ) -> Plan:
-    return Plan(method, transfer, layout, world_size, mask, owners, ranks_per_host)
+    return Plan(method, transfer, layout, world_size, mask, owners, own_last, ranks_per_host)
 
 
 def make_plan(
@@ -92,7 +93,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a configuration; ValueError for unknown names, lengths and ranks per host that do not divide."""
     owners = owners_per_step(mask.seqlen // world_size)
-    return _make_plan(method, transfer, layout, world_size, mask, owners, ranks_per_host)
+    own_last = method == "ring" and has_own_work_last(layout, transfer, world_size, mask)
+    return _make_plan(method, transfer, layout, world_size, mask, owners, own_last, ranks_per_host)
 
 
 def _positions(schedule: Schedule, block: Block, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -11,7 +12,7 @@ import seqpar_attn
 from seqpar_attn.layout import get_layout
 from seqpar_attn.mask import Mask
 from seqpar_attn.testing.errors import assert_error_rule, chance
-from seqpar_attn.testing.steps import keys_per_step
+from seqpar_attn.testing.steps import ring_steps
 from seqpar_attn.testing.truth import attention64
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -26,6 +27,8 @@ class Method:
     """How many ranks' keys a step attends; by default as many as there are, for shards as short as these."""
     hosts: int = 1
     """For transfer "double"; of a number that they do not divide there is one rank on each."""
+    last: bool = False
+    """Whether half of the own work comes last in backward."""
 
     def ranks_per_host(self, world_size: int) -> int | None:
         if self.transfer != "double":
@@ -36,7 +39,12 @@ class Method:
     def name(self) -> str:
         name = f"{'dist_flash' if 'dist' in self.function else self.layout}-{self.transfer}"
         name += f"-{self.hosts}-hosts" if self.transfer == "double" else ""
-        return name if self.owners is None else f"{name}-by-{self.owners}"
+        name += "" if self.owners is None else f"-by-{self.owners}"
+        return f"{name}-own-last" if self.last else name
+
+    def steps(self, shard: int) -> AbstractContextManager[None]:
+        """Around calls with shards of so many tokens."""
+        return ring_steps((self.owners or 1 << 20) * max(1, shard), 0 if self.last else None)
 
 
 METHODS = [
@@ -51,6 +59,7 @@ METHODS = [
     Method("dist_flash_attention", "contiguous", "ring"),
     Method("ring_attention", "zigzag", owners=1),
     Method("ring_attention", "zigzag", owners=2),
+    Method("ring_attention", "zigzag", owners=2, last=True),
     Method("ring_attention", "striped", owners=3),
     Method("ring_attention", "zigzag", "double", owners=1, hosts=2),
     Method("ring_attention", "zigzag", "double", owners=2, hosts=2),
@@ -119,7 +128,7 @@ def truth(x: Inputs) -> dict[str, torch.Tensor]:
 
 def run(x: Inputs, method: Method, world_size: int, rank: int | None = None, **more) -> dict[str, torch.Tensor]:
     """Results of the whole sequence on virtual ranks (``rank`` None), or of this process's shard in a real group."""
-    with keys_per_step((method.owners or 1 << 20) * max(1, x.q.shape[1] // world_size)):
+    with method.steps(x.q.shape[1] // world_size):
         return _run(x, method, world_size, rank, **more)
 
 

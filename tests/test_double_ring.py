@@ -26,7 +26,7 @@ from seqpar_attn.schedule import (
     simulate_schedule,
     validate_schedule,
 )
-from seqpar_attn.testing.steps import keys_per_step
+from seqpar_attn.testing.steps import ring_steps
 
 SHARD = 4
 DOUBLE = [m for m in METHODS if m.transfer == "double"]
@@ -325,7 +325,7 @@ def test_nothing_is_used_before_it_is_due(method, mask, monkeypatch):
 
 
 def test_handshakes_and_passes_know_of_slow_transfers():
-    with keys_per_step(8):
+    with ring_steps(8):
         plan = make_plan("ring", "double", "zigzag", 8, Mask(64), 4)
         assert plan.program(False, (1,)).slow and plan.program(True, (1,)).slow
         assert not make_plan("ring", "double", "zigzag", 8, Mask(64), 1).program(True, (1,)).slow

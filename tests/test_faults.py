@@ -23,7 +23,7 @@ from attention_cases import Method, check_exact, make_inputs, run, truth, unshar
 import seqpar_attn
 from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.testing.distributed import RankPool
-from seqpar_attn.testing.steps import keys_per_step
+from seqpar_attn.testing.steps import ring_steps
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="stops processes and listens to the loopback device"),
@@ -176,7 +176,7 @@ def disagreement(rank, world_size, folder: Path, odd: int, what: str, x, again):
         return getattr(seqpar_attn, name)(*inputs, layout=layout), inputs
 
     if what == "backward order":
-        with keys_per_step(1 << 20):
+        with ring_steps(1 << 20):
             made = [forward(*each) for each in passes]
         calls = [lambda out=out, inputs=inputs: torch.autograd.grad(out.sum(), inputs) for out, inputs in made]
     else:

@@ -8,7 +8,8 @@ from live_bytes import idle_attention, peak_bytes
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaModel
 
 import seqpar_attn
-from seqpar_attn import memory, plan
+from seqpar_attn import memory
+from seqpar_attn.schedule import choice
 
 TOKENS, HIDDEN, HEADS, HEADDIM, TILE = 4096, 64, 8, 8, 128
 
@@ -41,7 +42,7 @@ def promised(kv_heads, groups):
 @pytest.mark.parametrize(("kv_heads", "groups"), [(2, 2), (8, 4)])
 def test_peak(monkeypatch, kv_heads, groups):
     idle_attention(monkeypatch, world_size=8)
-    monkeypatch.setattr(plan, "KEYS_PER_STEP", TOKENS)  # buffers of long shards
+    monkeypatch.setattr(choice, "KEYS_PER_STEP", TOKENS)  # buffers of long shards
     AttentionInterface.register("idle", attend)
     AttentionMaskInterface.register("idle", lambda *args, **kwargs: None)
     config = LlamaConfig(

@@ -15,7 +15,7 @@ from seqpar_attn import plan as plans
 from seqpar_attn.comm.loopback import Loopback
 from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.mask import Mask
-from seqpar_attn.testing.steps import keys_per_step
+from seqpar_attn.testing.steps import ring_steps
 from seqpar_attn.validation import Call
 
 CALL = Call("ring", "pull", "zigzag", True, None, None, None, 0.25, "auto", False)
@@ -51,7 +51,7 @@ def test_rounded_gradients_replayed(method, batch):
     name = method.function.removesuffix("_attention")
     per_host = method.ranks_per_host(4)
     call = Call(name, method.transfer, method.layout, True, None, None, None, 0.25, "auto", False, per_host)
-    with keys_per_step((method.owners or 1 << 20) * 96 // 4):
+    with method.steps(96 // 4):
         plan = plan_of(call=call)
     kernel = Recorded()
     alive = [inputs_of(torch.bfloat16, batch=batch) for _ in range(3)]
@@ -141,7 +141,7 @@ class Breaks(Loopback):
 
 @pytest.mark.parametrize("before", [0, 2])
 def test_a_pass_that_failed_is_not_played_again(before):
-    with keys_per_step(24):
+    with ring_steps(24):
         plan = plan_of()
     inputs, kernel = inputs_of(), Recorded()
     for _ in range(before):
@@ -167,7 +167,7 @@ class Meets(Loopback):
 
 @pytest.mark.parametrize("kernel", [ReferenceKernel, Recorded])
 def test_two_threads_play_at_the_same_time(kernel):
-    with keys_per_step(24):
+    with ring_steps(24):
         plan = plan_of()
     used, barrier = kernel(), threading.Barrier(2)
     alive = [inputs_of() for _ in range(2)]

@@ -21,11 +21,14 @@ from seqpar_attn.schedule import (
     validate_schedule,
 )
 
-# (name, method, layout, transfer, ranks whose keys a step attends)
+# (name, method, layout, transfer, ranks whose keys a step attends, whether half of the own work comes last)
 METHODS = [
     ("zigzag", "ring", "zigzag", "pull"),
     ("zigzag-by-2", "ring", "zigzag", "pull", 2),
     ("zigzag-by-5", "ring", "zigzag", "pull", 5),
+    ("zigzag-own-last", "ring", "zigzag", "pull", 1, True),
+    ("zigzag-own-last-by-4", "ring", "zigzag", "pull", 4, True),
+    ("contiguous-own-last-by-2", "ring", "contiguous", "pull", 2, True),
     ("contiguous-by-3", "ring", "contiguous", "pull", 3),
     ("zigzag-ring", "ring", "zigzag", "ring"),
     ("zigzag-gather", "ring", "zigzag", "all_gather"),
@@ -43,11 +46,17 @@ BY_NAME = {m[0]: m for m in METHODS}
 
 
 def build(method, world_size, shard, backward=False, **mask):
-    _, name, layout, transfer, *owners = method
+    _, name, layout, transfer, owners, own_last = (*method, *(1, False)[len(method) - 4 :])
     seqlen = world_size * shard
     spans = get_layout(layout, world_size).chunks(seqlen)
     return build_schedule(
-        name, spans, Mask(seqlen, **mask), backward=backward, transfer=transfer, owners_per_step=sum(owners) or 1
+        name,
+        spans,
+        Mask(seqlen, **mask),
+        backward=backward,
+        transfer=transfer,
+        owners_per_step=owners,
+        own_last=own_last and backward and mask.get("causal", True),
     )
 
 
@@ -193,14 +202,26 @@ def test_few_buffers(method):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("owners", [2, 4, 7])
 def test_keys_of_several_ranks_take_one_launch(owners, backward):
-    """At most one step of a zigzag rank attends both earlier and later ranks' keys, and takes two launches."""
+    """At most one step of a zigzag rank attends both earlier and later ranks' keys, and takes two launches. Backward's
+    last one attends one rank's keys only."""
     world_size = 8
     schedule = build(("", "ring", "zigzag", "pull", owners), world_size, 4, backward)
-    steps = 1 + -(-(world_size - 1) // owners)
+    steps = 2 + -(-(world_size - 2) // owners) if backward else 1 + -(-(world_size - 1) // owners)
     for rank in range(world_size):
         launches = [len(schedule.launches(step, rank)) for step in range(len(schedule.steps))]
         assert sum(launches) <= steps + 1 and max(launches) <= 2
     assert sum(len(schedule.launches(step, world_size - 1)) for step in range(len(schedule.steps))) == steps
+
+
+@pytest.mark.parametrize("owners", [1, 3])
+def test_own_work_hides_the_return_of_the_last_gradients(owners):
+    """Of eight ranks, whose links move the keys of a step in half of the time of attending them."""
+    exposed = []
+    for own_last in (False, True):
+        schedule = build(("", "ring", "zigzag", "pull", owners, own_last), 8, 16, backward=True)
+        rates = Rates(1.0, {kind: 1.0 if kind in (Kind.KV, Kind.DKV) else 0.0 for kind in Kind}, bytes_per_second=1.0)
+        exposed.append(max(simulate_schedule(schedule, rates).exposed))
+    assert exposed[0] > 0 == exposed[1]
 
 
 def first_task(schedule, wanted):

@@ -14,7 +14,6 @@ from seqpar_attn.kernels.reference import ReferenceKernel
 from seqpar_attn.kernels.tape import Tape, recording
 from seqpar_attn.mask import Mask
 from seqpar_attn.plan import make_plan
-from seqpar_attn.testing.steps import keys_per_step
 from seqpar_attn.validation import Call
 
 
@@ -88,7 +87,7 @@ def test_a_replayed_pass_is_a_pass(method, world_size, documents, interleaved):
     seqlen = 96
     name = method.function.removesuffix("_attention")
     call = Call(name, method.transfer, method.layout, True, None, documents, None, 0.25, "auto", False)
-    with keys_per_step((method.owners or 1 << 20) * seqlen // world_size):
+    with method.steps(seqlen // world_size):
         plan = make_plan(
             name,
             method.transfer,

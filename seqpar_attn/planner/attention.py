@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 from ..mask import Mask, Span
 from ..schedule import Kind, Rates, Schedule, Task, build_schedule, simulate_schedule
+from ..schedule.choice import has_own_work_last, owners_per_step
 from .hardware import Gpu, on_curve
 from .models import Model
 from .policy import Cluster, Policy, degree
 
-LARGEST = 32
-KEYS_PER_STEP = 16384
-"""As :data:`seqpar_attn.plan.KEYS_PER_STEP`, which needs torch."""
+LARGEST = 48
 FLOPS = {False: 4, True: 10}
 """Per attended pair, head and element of the head dimension: two products forward, five backward."""
 
@@ -54,15 +53,15 @@ def schedule_of(method: str, world_size: int, shard: int, backward: bool, per_no
     """As :mod:`seqpar_attn.plan` would make it for a causal mask; ``per_node`` matters to "double_ring" only."""
     name = "dist_flash" if method == "dist_flash" else "ring"
     double = method == "double_ring"
-    owners = max(1, KEYS_PER_STEP // max(1, shard))
-    mask = Mask(world_size * shard)
+    mask, transfer = Mask(world_size * shard), "double" if double else "pull"
     return build_schedule(
         name,
         spans(name, world_size, shard),
         mask,
         backward=backward,
-        transfer="double" if double else "pull",
-        owners_per_step=owners,
+        transfer=transfer,
+        owners_per_step=owners_per_step(shard),
+        own_last=backward and name == "ring" and has_own_work_last("zigzag", transfer, world_size, mask),
         ranks_per_host=per_node if double else None,
     )
 

@@ -418,6 +418,7 @@ def build_schedule(
     backward: bool = False,
     transfer: str = "pull",
     owners_per_step: int = 1,
+    own_last: bool = False,
     ranks_per_host: int | None = None,
 ) -> Schedule:
     """The schedule of ``method`` for a layout's ``spans`` (per rank, in shard order) and a mask.
@@ -427,7 +428,8 @@ def build_schedule(
     straight from its owner), "ring" (keys passed from neighbour to neighbour), "all_gather" (all keys in one exchange)
     or "double" (a ring over hosts around a ring inside each of them, see below). A pulling ring attends the keys of
     ``owners_per_step`` ranks in each step ("double" of two at most): fewer and larger kernels, for twice as many
-    buffers. Raises ValueError for other names.
+    buffers. ``own_last`` (causal, two chunks per rank) keeps half of the own work for the last step.
+    Raises ValueError for other names.
 
     "double" wants ``ranks_per_host``, with ranks numbered host by host; several divide the world size. What any rank of
     a host reads of another host's rank then crosses to it once, to the rank of the same number, one turn of the inner
@@ -453,8 +455,10 @@ def build_schedule(
         placement = dist_flash_placement(shards)
     else:
         # Backward's sums of a host then end at the rank whose adapter they take.
-        placement = ring_placement(shards, owners[transfer], host, own_number_last=backward)
-    if backward and not balanced and transfer == "pull" and per_rank == 2 and mask.causal and world_size > 1:
+        few_last = backward and transfer == "pull" and not own_last
+        placement = ring_placement(shards, owners[transfer], host, own_number_last=backward, few_last=few_last)
+    if own_last:
+        assert not balanced and transfer == "pull" and per_rank == 2 and mask.causal
         placement = own_work_last(placement, shards)
     builder = _Builder(spans, mask, placement, backward, host, -(-host // owners[transfer]))
     if transfer == "ring":

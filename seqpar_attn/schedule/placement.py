@@ -9,7 +9,11 @@ Placement = list[list[list[tuple[Block, Block]]]]
 
 
 def ring_placement(
-    shards: list[Block], owners_per_step: int, ranks_per_host: int, own_number_last: bool = False
+    shards: list[Block],
+    owners_per_step: int,
+    ranks_per_host: int,
+    own_number_last: bool = False,
+    few_last: bool = False,
 ) -> Placement:
     """A ring of hosts around a ring of the ranks in each; with one host, ring attention (Liu et al. 2023).
 
@@ -18,13 +22,18 @@ def ring_placement(
     With several hosts this is the order of LoongTrain's Double-Ring-Attention (Gu et al. 2024, arXiv 2406.18485).
 
     ``own_number_last``: of the ranks of another host, the one with the own number comes last instead of first.
+    ``few_last``: the last step takes the keys of one rank only. Backward's last dk and dv return after all work, and
+    the fewer they are, the less there is to wait for.
     """
     world_size = len(shards)
     placement: Placement = []
     for outer in range(0, world_size, ranks_per_host):
         first = 1 if outer and own_number_last else 0
-        starts = range(0 if outer else 1, ranks_per_host, owners_per_step)
-        steps = [range(i, min(i + owners_per_step, ranks_per_host)) for i in starts]
+        end = ranks_per_host
+        if few_last and outer + end == world_size and end > 2:
+            end -= 1
+        steps = [range(i, min(i + owners_per_step, end)) for i in range(0 if outer else 1, end, owners_per_step)]
+        steps += [range(end, ranks_per_host)] if end < ranks_per_host else []
         for step in steps if outer else [range(1), *steps]:
             row = []
             for rank in range(world_size):

@@ -1,17 +1,19 @@
-"""How many ranks' keys a ring step gathers, set for a while."""
+"""How a ring's work is cut into steps, set for a while."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from .. import plan
+from ..schedule import choice
 
 
 @contextlib.contextmanager
-def keys_per_step(tokens: int) -> Iterator[None]:
-    usual, plan.KEYS_PER_STEP = plan.KEYS_PER_STEP, tokens
+def ring_steps(keys: int, own_last_from: int | None = None) -> Iterator[None]:
+    """``keys``: tokens of keys per step; ``own_last_from``: see :mod:`seqpar_attn.schedule.choice`, None: never."""
+    usual = choice.KEYS_PER_STEP, choice.OWN_LAST_FROM
+    choice.KEYS_PER_STEP, choice.OWN_LAST_FROM = keys, 1 << 60 if own_last_from is None else own_last_from
     try:
         yield
     finally:
-        plan.KEYS_PER_STEP = usual
+        choice.KEYS_PER_STEP, choice.OWN_LAST_FROM = usual
