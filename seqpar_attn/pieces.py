@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -46,13 +46,19 @@ def _aligned(size: int) -> int:
     return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
 
 
+def _bytes(shapes: Sequence[Shape], count: int = 1) -> int:
+    """Of ``count`` tensors of each shape, as they are cut."""
+    return sum(_aligned(count * math.prod(shape) * dtype.itemsize) for shape, dtype in shapes)
+
+
 class _Cutter:
-    """Tensors one after the other from given bytes; as ``Pieces._allocate``."""
+    """Tensors one after the other from given bytes."""
 
     def __init__(self, memory: torch.Tensor):
         self.memory, self.used = memory, 0
 
     def __call__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
+        """``count`` of them that lie next to each other."""
         size = count * math.prod(shape) * dtype.itemsize
         x = self.memory[self.used : self.used + size].view(dtype).view([count, *shape])
         self.used += _aligned(size)
@@ -84,20 +90,23 @@ class Pieces:
         """Between ``begin`` and ``end``."""
         self.views: list[Tensors | None] = [None] * len(program.views)
         """None: pieces of what is given or returned, not made yet."""
-        self._memory: list[tuple[Callable[[int], Any], int]] = []
-        """What resizes a storage, and its bytes."""
         self._returned = returned
         self._shapes = [*((x.shape, x.dtype) for x in given), *returned, *scratch]
         # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
         with torch.inference_mode(False), torch.no_grad():
-            self._scratch = [x for shape, same in groupby(scratch) for x in self._allocate(len([*same]), *shape)]
+            alike = [(shape, len([*same])) for shape, same in groupby(scratch)]
+            slots = _bytes([x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)])
+            # One storage for all that comes and goes: each costs the host some microseconds per pass.
+            self._size = sum(_bytes([shape], count) for shape, count in alike) + (0 if reserve else slots)
+            memory = torch.empty(self._size, dtype=torch.uint8, device=self.device)
+            self._storage = memory.untyped_storage()
+            cut = _Cutter(memory)
+            self._scratch = [x for shape, count in alike for x in cut(count, *shape)]
             self._slots: dict[tuple[int, Kind], Tensors] = {}
             self._first_base: dict[tuple[int, Kind], int] = {}
             number = len(self._shapes)
-            cut = self._allocate
             if reserve is not None:
-                needed = [x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)]
-                cut = _Cutter(reserve(sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in needed)))
+                cut = _Cutter(reserve(slots))
             for key, count in program.slots.items():
                 self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
@@ -107,12 +116,6 @@ class Pieces:
         self.foreign = [index for index, pieces in enumerate(self.views) if pieces is None]
         self._cuts = {index: self._how_to_cut(index) for index in self.foreign}
         self.end()
-
-    def _allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
-        x = torch.empty([count, *shape], dtype=dtype, device=self.device)
-        storage = x.untyped_storage()
-        self._memory.append((storage.resize_, storage.nbytes()))
-        return x.unbind()
 
     def _slot_shapes(self, kind: Kind, count: int) -> list[Shape]:
         """``[count, ...]`` shards per field that travels, or ``[count, fields, ...]`` if all are alike."""
@@ -125,9 +128,9 @@ class Pieces:
             return [([count, fields, *shape], dtype)]
         return [([count, *shape], dtype) for shape, dtype in shapes]
 
-    def _make_slots(self, kind: Kind, count: int, allocate: Callable[..., Tensors]) -> Tensors:
+    def _make_slots(self, kind: Kind, count: int, cut: _Cutter) -> Tensors:
         """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
-        made = [x for shape, dtype in self._slot_shapes(kind, count) for x in allocate(1, shape, dtype)]
+        made = [x for shape, dtype in self._slot_shapes(kind, count) for x in cut(1, shape, dtype)]
         return made if len(made) == len(self.travels[kind]) else made[0].unbind(1)
 
     def _make_own_view(self, index: int) -> None:
@@ -152,8 +155,7 @@ class Pieces:
 
     def begin(self, given: Tensors) -> list[torch.Tensor]:
         """What is returned, not filled yet."""
-        for resize, size in self._memory:
-            resize(size)
+        self._storage.resize_(self._size)
         returned = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._returned]
         self.tensors = [*given, *returned, *self._scratch]
         return returned
@@ -163,8 +165,7 @@ class Pieces:
         for index in self.foreign:
             self.views[index] = None
         self.tensors = []
-        for resize, _ in self._memory:
-            resize(0)
+        self._storage.resize_(0)
 
     def view(self, index: int) -> Tensors:
         pieces = self.views[index]
