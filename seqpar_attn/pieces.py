@@ -6,19 +6,18 @@ memory comes and goes, through torch's allocator, so under its rules for streams
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 
+from .comm import Cutter, Shape, bytes_of
 from .kernels.tape import Tape
 from .program import Program
 from .schedule import Kind
 
 Tensors = Sequence[torch.Tensor]
-Shape = tuple[Sequence[int], torch.dtype]
 
 
 def joined(tensors: Tensors) -> torch.Tensor:
@@ -37,26 +36,6 @@ class Field(NamedTuple):
 
     number: int
     dim: int
-
-
-_ALIGNED = 256
-
-
-def _aligned(size: int) -> int:
-    return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
-
-
-class _Cutter:
-    """Tensors one after the other from given bytes; as ``Pieces._allocate``."""
-
-    def __init__(self, memory: torch.Tensor):
-        self.memory, self.used = memory, 0
-
-    def __call__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
-        size = count * math.prod(shape) * dtype.itemsize
-        x = self.memory[self.used : self.used + size].view(dtype).view([count, *shape])
-        self.used += _aligned(size)
-        return x.unbind()
 
 
 class Pieces:
@@ -94,10 +73,10 @@ class Pieces:
             self._slots: dict[tuple[int, Kind], Tensors] = {}
             self._first_base: dict[tuple[int, Kind], int] = {}
             number = len(self._shapes)
-            cut = self._allocate
+            cut: Callable[[Sequence[int], torch.dtype], torch.Tensor] = self._allocate_one
             if reserve is not None:
                 needed = [x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)]
-                cut = _Cutter(reserve(sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in needed)))
+                cut = Cutter(reserve(bytes_of(needed)))
             for key, count in program.slots.items():
                 self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
@@ -114,6 +93,9 @@ class Pieces:
         self._memory.append((storage.resize_, storage.nbytes()))
         return x.unbind()
 
+    def _allocate_one(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._allocate(1, shape, dtype)[0]
+
     def _slot_shapes(self, kind: Kind, count: int) -> list[Shape]:
         """``[count, ...]`` shards per field that travels, or ``[count, fields, ...]`` if all are alike."""
         shapes: list[Shape] = []
@@ -125,9 +107,9 @@ class Pieces:
             return [([count, fields, *shape], dtype)]
         return [([count, *shape], dtype) for shape, dtype in shapes]
 
-    def _make_slots(self, kind: Kind, count: int, allocate: Callable[..., Tensors]) -> Tensors:
+    def _make_slots(self, kind: Kind, count: int, allocate: Callable[..., torch.Tensor]) -> Tensors:
         """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
-        made = [x for shape, dtype in self._slot_shapes(kind, count) for x in allocate(1, shape, dtype)]
+        made = [allocate(*shape) for shape in self._slot_shapes(kind, count)]
         return made if len(made) == len(self.travels[kind]) else made[0].unbind(1)
 
     def _make_own_view(self, index: int) -> None:
