@@ -108,6 +108,7 @@ def ours(problem: Problem, ranks: int, device: torch.device) -> tuple[dict[str, 
 
     pushing = dist.new_group()
     set_transport(pushing, "symmetric")
+    set_transport(None, "p2p")
     found = {
         REFERENCE: of(seqpar_attn.ring_attention, "zigzag"),
         f"{REFERENCE}, {PUSHED}": of(seqpar_attn.ring_attention, "zigzag", group=pushing),
@@ -123,6 +124,8 @@ def ours(problem: Problem, ranks: int, device: torch.device) -> tuple[dict[str, 
         absent["usp"] = f"no grid of rows of two of {ranks} ranks that is neither a ring nor one row"
     else:
         mesh = init_device_mesh(device.type, (ranks // 2, 2), mesh_dim_names=("ring", "ulysses"))
+        for name in ("ring", "ulysses"):
+            set_transport(mesh[name], "p2p")
         found["usp"] = of(seqpar_attn.usp_attention, "zigzag/2", group=mesh)
     return found, absent
 

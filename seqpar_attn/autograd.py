@@ -39,7 +39,8 @@ def describe(
 ) -> dict[str, object]:
     """What all ranks must agree on; that includes the kernel, whose accumulators may be in a form of its own."""
     shapes = {"q shape": tuple(q.shape), "k shape": tuple(k.shape)}
-    own = {"direction": direction, **shapes, "dtype": q.dtype, "device": q.device.type}
+    # The device first: ranks that differ in it may be at different handshakes, with no other field in common.
+    own = {"device": q.device.type, "direction": direction, **shapes, "dtype": q.dtype}
     chosen = kernel and f"{kernel.name} ({type(kernel).__name__})"  # a backend may have several kernels
     return own | vars(call) | {"chosen backend": chosen}
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import kernels
+from .comm import limit_of_environment
 from .kernels.cuda import building, library
 from .kernels.triton import hopper, portable_because
 from .mask import MaskKind
@@ -64,12 +65,23 @@ def _transports(gpus: int) -> dict[str, str | None]:
 
 
 def _no_peer_access(gpus: int) -> str | None:
-    """Why the symmetric transport, which set_transport chooses, does not serve all GPUs; without any it is for CPUs."""
+    """Why the symmetric transport does not serve all GPUs; without any it is for CPUs, where it has to be set."""
     for a in range(gpus):
         for b in range(gpus):
             if a != b and not torch.cuda.can_device_access_peer(a, b):
                 return f"GPU {a} has no peer access to GPU {b}"
     return None
+
+
+def _auto_transport(gpus: int, no_symmetric: str | None) -> list[tuple[str, str]]:
+    """What a group gets that set_transport was not called for, as far as this machine tells: ranks, and what they get.
+    A group's own answer is :func:`seqpar_attn.comm.transport`."""
+    rows = [("on CPUs", "p2p")]
+    if gpus:
+        among = "" if no_symmetric is None else f", if there is peer access among theirs ({no_symmetric})"
+        rows = [("a GPU of this machine each", "symmetric" + among), ("several on a GPU", "p2p"), *rows]
+        rows.append(("on several machines", "p2p"))
+    return rows
 
 
 def _auto_choices(devices: list[torch.device]) -> list[dict[str, Any]]:
@@ -108,9 +120,18 @@ def _triton_kernels(devices: list[torch.device]) -> list[dict[str, Any]]:
     return rows
 
 
+def _arena_limit() -> str:
+    try:
+        limit = limit_of_environment()
+    except ValueError as error:
+        return str(error)
+    return "none" if limit is None else f"{limit} bytes"
+
+
 def gather() -> dict[str, Any]:
     """Everything as one JSON-compatible dict. Looks for GPUs, but allocates nothing on them."""
     gpus = _gpus()
+    transports = _transports(len(gpus))
     devices = [torch.device("cpu")] + [torch.device("cuda", gpu["index"]) for gpu in gpus]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -122,7 +143,9 @@ def gather() -> dict[str, Any]:
         "backends": {name: kernels.unavailable(name) for name in kernels.names()},
         "auto": _auto_choices(devices),
         "triton_kernels": _triton_kernels(devices[1:] if kernels.unavailable("triton") is None else []),
-        "transports": _transports(len(gpus)),
+        "transports": transports,
+        "auto_transport": _auto_transport(len(gpus), transports["symmetric"]),
+        "arena_limit": _arena_limit(),
     }
 
 
@@ -178,6 +201,8 @@ def render(info: dict[str, Any]) -> str:
         )
     lines += ["transports"]
     lines += _table([(name, f"no: {why}" if why else "available") for name, why in info["transports"].items()])
+    lines += ["transport that groups get by themselves, for ranks"]
+    lines += _table([*info["auto_transport"], ("limit of memory for symmetric", info["arena_limit"])])
     return "\n".join(lines)
 
 

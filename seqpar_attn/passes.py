@@ -10,16 +10,15 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 
-from .comm import Arena, CommunicationError, Communicator, Handle, Message
+from .comm import Arena, CommunicationError, Communicator, Handle, Message, Shape, in_turn
 from .kernels.base import BlockMask, Kernel, accumulator_dtype
 from .kernels.device import on_device_of
 from .kernels.tape import Tape, recording
-from .pieces import Field, Pieces, Shape, Tensors, joined
+from .pieces import Field, Pieces, Tensors, joined
 from .plan import Plan
 from .program import Add, Compute, Exchange, Moment, Program
 from .schedule import Kind
@@ -399,11 +398,11 @@ def forward_pass(
         batch, seqlen, nheads, _ = q.shape
         lse = torch.empty(batch, nheads, seqlen, dtype=accumulator_dtype(q.dtype), device=q.device)
         return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-    arena = comm.arena
-    program = plan.program(False, comm.local_ranks, arena is not None)
-    if program.slow:
-        comm.open_slow()
-    with nullcontext() if arena is None else arena.turn():
+
+    def play(arena: Arena | None) -> tuple[torch.Tensor, torch.Tensor]:
+        program = plan.program(False, comm.local_ranks, arena is not None)
+        if program.slow:
+            comm.open_slow()
         shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
         try:
             played: Forward = shelf.pop()
@@ -411,7 +410,9 @@ def forward_pass(
             played = Forward(plan, program, kernel, call, given, None if arena is None else arena.reserve)
         result = played.play(comm, *given)
         shelf.append(played)
-    return result
+        return result
+
+    return in_turn(comm, play)
 
 
 def backward_pass(
@@ -435,11 +436,11 @@ def backward_pass(
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
-    arena = comm.arena
-    program = plan.program(True, comm.local_ranks, arena is not None)
-    if program.slow:
-        comm.open_slow()
-    with nullcontext() if arena is None else arena.turn():
+
+    def play(arena: Arena | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        program = plan.program(True, comm.local_ranks, arena is not None)
+        if program.slow:
+            comm.open_slow()
         shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
         try:
             played: Backward = shelf.pop()
@@ -447,4 +448,6 @@ def backward_pass(
             played = Backward(plan, program, kernel, call, given, wide_keys, None if arena is None else arena.reserve)
         result = played.play(comm, dlse, *given)
         shelf.append(played)
-    return result
+        return result
+
+    return in_turn(comm, play)

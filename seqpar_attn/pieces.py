@@ -6,19 +6,18 @@ memory comes and goes, through torch's allocator, so under its rules for streams
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
+from .comm import Cutter, Shape, bytes_of
 from .kernels.tape import Tape
 from .program import Program
 from .schedule import Kind
 
 Tensors = Sequence[torch.Tensor]
-Shape = tuple[Sequence[int], torch.dtype]
 
 
 def joined(tensors: Tensors) -> torch.Tensor:
@@ -37,32 +36,6 @@ class Field(NamedTuple):
 
     number: int
     dim: int
-
-
-_ALIGNED = 256
-
-
-def _aligned(size: int) -> int:
-    return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
-
-
-def _bytes(shapes: Sequence[Shape], count: int = 1) -> int:
-    """Of ``count`` tensors of each shape, as they are cut."""
-    return sum(_aligned(count * math.prod(shape) * dtype.itemsize) for shape, dtype in shapes)
-
-
-class _Cutter:
-    """Tensors one after the other from given bytes."""
-
-    def __init__(self, memory: torch.Tensor):
-        self.memory, self.used = memory, 0
-
-    def __call__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Tensors:
-        """``count`` of them that lie next to each other."""
-        size = count * math.prod(shape) * dtype.itemsize
-        x = self.memory[self.used : self.used + size].view(dtype).view([count, *shape])
-        self.used += _aligned(size)
-        return x.unbind()
 
 
 class Pieces:
@@ -94,19 +67,19 @@ class Pieces:
         self._shapes = [*((x.shape, x.dtype) for x in given), *returned, *scratch]
         # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
         with torch.inference_mode(False), torch.no_grad():
-            alike = [(shape, len([*same])) for shape, same in groupby(scratch)]
-            slots = _bytes([x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)])
+            together = [([len([*same]), *shape], dtype) for (shape, dtype), same in groupby(scratch)]
+            slots = bytes_of([x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)])
             # One storage for all that comes and goes: each costs the host some microseconds per pass.
-            self._size = sum(_bytes([shape], count) for shape, count in alike) + (0 if reserve else slots)
+            self._size = bytes_of(together) + (0 if reserve else slots)
             memory = torch.empty(self._size, dtype=torch.uint8, device=self.device)
             self._storage = memory.untyped_storage()
-            cut = _Cutter(memory)
-            self._scratch = [x for shape, count in alike for x in cut(count, *shape)]
+            cut = Cutter(memory)
+            self._scratch = [x for shape in together for x in cut(*shape).unbind()]
             self._slots: dict[tuple[int, Kind], Tensors] = {}
             self._first_base: dict[tuple[int, Kind], int] = {}
             number = len(self._shapes)
             if reserve is not None:
-                cut = _Cutter(reserve(slots))
+                cut = Cutter(reserve(slots))
             for key, count in program.slots.items():
                 self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
@@ -128,9 +101,9 @@ class Pieces:
             return [([count, fields, *shape], dtype)]
         return [([count, *shape], dtype) for shape, dtype in shapes]
 
-    def _make_slots(self, kind: Kind, count: int, cut: _Cutter) -> Tensors:
+    def _make_slots(self, kind: Kind, count: int, cut: Cutter) -> Tensors:
         """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
-        made = [x for shape, dtype in self._slot_shapes(kind, count) for x in cut(1, shape, dtype)]
+        made = [cut(*shape) for shape in self._slot_shapes(kind, count)]
         return made if len(made) == len(self.travels[kind]) else made[0].unbind(1)
 
     def _make_own_view(self, index: int) -> None:

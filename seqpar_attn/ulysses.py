@@ -15,7 +15,7 @@ import torch
 
 from . import kept, kernels
 from .autograd import describe
-from .comm import Communicator, agree, communicator
+from .comm import Communicator, agree, communicator, count_ranks
 from .heads import key_copies, to_heads, to_tokens
 from .kernels.base import Kernel, accumulator_dtype
 from .layout import Contiguous, Layout, get_layout
@@ -125,15 +125,9 @@ def _ulysses(
     return out, lse, q_heads, k_heads, v_heads, out_heads, lse_heads
 
 
-def _sizes(group: str, ring: str, device: torch.device) -> tuple[int, int]:
-    """Ranks that exchange heads, and how many of them are in this process."""
-    comm = communicator(group, device)
-    return comm.world_size, len(comm.local_ranks)
-
-
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, ring: str, *args: Any) -> Exchanged:
     check_tensors(q, k, v)
-    size, local = _sizes(group, ring, q.device)
+    size, local = count_ranks(group)
     batch, tokens, nheads, headdim = q.shape
     dtype = accumulator_dtype(q.dtype)
     slots = k.shape[2] * key_copies(nheads, k.shape[2], size) // size

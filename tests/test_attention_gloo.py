@@ -281,7 +281,7 @@ def groups_come_and_go(rank, world_size):
         one_call(group=group)
         dist.destroy_process_group(group)
     one_call(group=dist.new_group())
-    return [communicator.group in dist.distributed_c10d._world.pg_map for communicator in comm._known.values()]
+    return [made.base.group in dist.distributed_c10d._world.pg_map for made in comm.transports._known.values()]
 
 
 def test_destroyed_groups_are_forgotten(three_ranks):
@@ -344,5 +344,7 @@ def test_handshake_fields_cover_the_call():
     x = torch.zeros(1, 2, 1, 8)
     described = describe(x, x, call, kernels.get("reference"))
     assert {f.name for f in dataclasses.fields(Call)} <= described.keys()
+    # A rank whose tensors are elsewhere may be at another handshake, whose only field in common is the first one.
+    assert next(iter(described)) == "device"
     # Accumulators travel in a kernel's own form, so ranks for which "auto" chose different ones must not go on.
     assert described["chosen backend"] == "reference (ReferenceKernel)" != describe(x, x, call, None)["chosen backend"]

@@ -8,6 +8,7 @@ import torch
 from attention_cases import METHODS, Inputs, check_error_rule, make_inputs, other_bits, run, truth, unshard
 
 import seqpar_attn
+from seqpar_attn.comm import transport
 from seqpar_attn.testing.distributed import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +29,7 @@ def on_gpu(x: Inputs) -> Inputs:
 
 
 def many(rank, world_size, inputs, methods):
+    seqpar_attn.set_transport(None, "p2p")
     results = [run(on_gpu(x), method, world_size, rank, backend="triton") for method in methods for x in inputs]
     return [{name: t.cpu() for name, t in result.items()} for result in results]
 
@@ -44,6 +46,7 @@ def test_error_rule(pool, mask):
 
 def long_call(rank, world_size, seqlen):
     """Transfers take long enough here to be caught out of order."""
+    seqpar_attn.set_transport(None, "p2p")
     torch.manual_seed(0)
     x = make_inputs(seqlen, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
     return other_bits(x, (ZIGZAG, METHODS[9], DIST_FLASH), world_size, rank)
@@ -70,7 +73,39 @@ def test_mismatch_raises_on_every_rank(pool):
         assert seconds < 10
 
 
+def by_itself(rank, world_size, seqlen):
+    """What a group gets by itself, and what it becomes when its arena may not be as large as a longer call needs."""
+    seqpar_attn.set_transport(None, "auto", limit=1 << 20)
+    found = []
+    for length in (64 * world_size, seqlen):
+        torch.manual_seed(0)
+        x = make_inputs(length, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
+        found.append((transport(None), other_bits(x, (ZIGZAG,), world_size, rank)))
+    seqpar_attn.set_transport(None, "p2p")
+    return found
+
+
+def test_a_group_finds_its_transport(pool):
+    ranks = pool.run(by_itself, WORLD_SIZE * LONG)
+    for (before, differ), (_, differ_too) in ranks:
+        assert before.name == "auto" and differ == differ_too == []
+    for _, (first, _) in ranks:
+        expected = "several ranks share a GPU" if GPUS < WORLD_SIZE else f"{WORLD_SIZE} GPUs of one host"
+        assert expected in first.reason and first.name == ("p2p" if GPUS < WORLD_SIZE else "symmetric")
+    if GPUS >= WORLD_SIZE:
+        for choice in pool.run(after_limit, WORLD_SIZE * LONG):
+            assert choice.name == "p2p" and "expected a limit of at least" in choice.reason
+
+
+def after_limit(rank, world_size, seqlen):
+    seqpar_attn.set_transport(None, "auto", limit=1 << 20)
+    x = make_inputs(seqlen, dtype=torch.bfloat16, headdim=128, nheads=8, device="cuda")
+    run(x, ZIGZAG, world_size, rank)
+    return transport(None)
+
+
 def dies(rank, world_size):
+    seqpar_attn.set_transport(None, "p2p")
     q = torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16)
     seqpar_attn.ring_attention(q, q, q)
     torch.cuda.synchronize()

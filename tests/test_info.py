@@ -39,6 +39,12 @@ def test_json_without_a_gpu() -> None:
     assert report["transports"]["loopback"] is None
     assert report["transports"]["gloo"] is None
     assert report["transports"]["nccl"]
+    assert report["auto_transport"] == [["on CPUs", "p2p"]] and report["arena_limit"] == "none"
+
+
+def test_a_limit_that_is_none_is_said(monkeypatch) -> None:
+    monkeypatch.setenv("SEQPAR_ATTN_ARENA_LIMIT", "much")
+    assert "got 'much'" in info._arena_limit()
 
 
 def test_no_library(tmp_path) -> None:
@@ -94,6 +100,8 @@ def test_render_a_machine_with_gpus() -> None:
             {"device": "cuda:0", "dtype": "float32", "deterministic": False, "kernels": "portable", "why": "too wide"},
         ],
         "transports": {"loopback": None},
+        "auto_transport": info._auto_transport(2, "GPU 0 has no peer access to GPU 1"),
+        "arena_limit": "4096 bytes",
     }
     text = info.render(report).splitlines()
     assert "  cuda:0  bfloat16  hopper" in text
@@ -102,5 +110,9 @@ def test_render_a_machine_with_gpus() -> None:
     assert "  nvcc             none" in text
     assert "  library          /lib/libseqpar_attn.so (ABI 7, for 80, 90a)" in text
     assert "  cuda:0  H100  79.2 GiB  sm 9.0" in text
+    assert "  on CPUs                        p2p" in text
+    shared = "symmetric, if there is peer access among theirs (GPU 0 has no peer access to GPU 1)"
+    assert f"  a GPU of this machine each     {shared}" in text
+    assert "  limit of memory for symmetric  4096 bytes" in text
     assert "  cudnn      no: torch sees no CUDA GPU" in text
     assert "  cuda:0  bfloat16  triton        none" in text

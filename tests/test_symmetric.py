@@ -75,8 +75,10 @@ def refused(rank, world_size, transport):
 
 
 def test_unknown_or_different_transports_are_refused(pool):
-    assert set(pool.run(refused, "pigeons")) == {"expected one of p2p, symmetric on every rank, got pigeons, symmetric"}
-    assert set(pool.run(refused, "p2p")) == {"expected one of p2p, symmetric on every rank, got p2p, symmetric"}
+    unknown = "rank 0: expected one of auto, p2p, symmetric, got 'pigeons'"
+    assert set(pool.run(refused, "pigeons")) == {unknown}
+    differ = "expected the same transport on every rank, got 'p2p' on rank 0 and 'symmetric' on rank 1"
+    assert set(pool.run(refused, "p2p")) == {differ}
     with pytest.raises(ValueError, match="virtual ranks"):
         set_transport(seqpar_attn.LoopbackGroup(2), "symmetric")
 

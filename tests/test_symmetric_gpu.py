@@ -11,7 +11,7 @@ import torch.distributed as dist
 from attention_cases import METHODS, make_inputs, other_bits
 
 import seqpar_attn
-from seqpar_attn.comm import CommunicationError, communicator, set_transport
+from seqpar_attn.comm import CommunicationError, communicator, set_transport, transport
 from seqpar_attn.testing.distributed import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +69,48 @@ def long_call(rank, world_size, tokens):
 
 def test_long_calls(pool):
     assert pool.run(long_call, 4096) == pool.world_size * [[]]
+
+
+def by_itself(rank, world_size):
+    """gloo cannot send between GPUs, so its groups have what works where "auto" would else take NCCL."""
+    take_gpu(rank)
+    set_transport(None, "auto")
+    torch.manual_seed(0)
+    x = make_inputs(world_size * 64, dtype=torch.bfloat16, headdim=64, nheads=4, device="cuda")
+    differ = other_bits(x, METHODS[:1], world_size, rank)
+    chosen = transport(None)
+    set_transport(None, "auto", limit=1024)
+    try:
+        other_bits(x, METHODS[:1], world_size, rank)
+    except ValueError as error:
+        return differ, chosen, str(error)
+    return differ, chosen, "no error"
+
+
+def test_gloo_groups_find_it_by_themselves(pool):
+    for differ, (name, reason), message in pool.run(by_itself):
+        assert differ == [] and name == "symmetric"
+        assert ("share a GPU" if pool.world_size > GPUS else "GPUs of one host") in reason
+        assert "expected a limit of at least" in message and "got 1024" in message
+
+
+def captured(rank, world_size):
+    take_gpu(rank)
+    set_transport(None, "symmetric")
+    q = torch.randn(1, 64, 4, 64, device="cuda", dtype=torch.bfloat16)
+    seqpar_attn.ring_attention(q, q, q)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            seqpar_attn.ring_attention(q, q, q)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_cuda_graph_is_refused(pool):
+    for message in pool.run(captured):
+        assert "expected no CUDA graph" in message and "set_transport(group, 'p2p')" in message
 
 
 def growing(rank, world_size, rounds, gib):

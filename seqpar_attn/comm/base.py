@@ -47,6 +47,10 @@ class Communicator(Protocol):
     @property
     def arena(self) -> Arena | None: ...
 
+    def give_way(self, why: str) -> bool:
+        """Stop using the arena, if there is another way, and say whether there is. All ranks call it together."""
+        ...
+
     name: str
     world_size: int
     local_ranks: tuple[int, ...]
@@ -79,6 +83,10 @@ class Communicator(Protocol):
 
 class CommunicationError(RuntimeError):
     """A peer died, or did not answer within the group's timeout."""
+
+
+class SetUpError(CommunicationError):
+    """Something that all ranks have to set up together failed on one of them, and all know. Nothing has moved."""
 
 
 def compare(descriptions: Sequence[Mapping[str, object]], errors: Sequence[str | None]) -> None:

@@ -11,16 +11,14 @@ the fabric, and in every later exchange (:mod:`.watch`). What was computed from 
 from __future__ import annotations
 
 import os
-import weakref
 from collections import deque
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .base import CommunicationError
 from .gpu_driver import await_flag, copy_rows, fill, write_flag
+from .p2p import P2P
 from .shared_memory import shared_tensors
 from .watch import watch
 
@@ -38,15 +36,27 @@ class _Queued:
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
+def _empty(size: int, device: torch.device) -> torch.Tensor:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    try:
+        return symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError:  # it is no memory of the caching allocator's, which may hold all that is free
+        torch.cuda.empty_cache()
+        return symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+
+
 class GpuMemory:
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta):
+    def __init__(self, base: P2P, device: torch.device):
+        """All ranks call it together. SetUpError on every rank if one of them cannot."""
+        group, timeout = base.group, base.timeout
+        assert group is not None
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        self._group, self.device = weakref.ref(group), device
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._handshake, self.device = base.handshake, device
+        self.rank, self.world_size = base.rank, base.world_size
         self._name = group.group_name
-        gpus: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid), group=group)
-        if len(set(gpus)) < self.world_size:
+        # torch compares the numbers that processes have for their GPUs, which are all 0 where each sees only its own.
+        if len(set(self._handshake.share({"step": "number of the GPU"}, None, device.index))) < self.world_size:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         self._stream, self._aside = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self._queue = self._stream.cuda_stream
@@ -61,7 +71,7 @@ class GpuMemory:
         self._progress = torch.zeros(2, dtype=torch.int32).pin_memory()
         self._progress_base, self._exchanges = self._progress.data_ptr(), 0
         self._waits: deque[tuple[int, str, list[tuple[int, int, int]]]] = deque(maxlen=_REMEMBERED)
-        self._given_up = shared_tensors(group, "given-up", 1, torch.int32)
+        self._given_up = shared_tensors(self._handshake, "given-up", 1, torch.int32)
         self._error: str | None = None
         watch(self, timeout.total_seconds())
 
@@ -69,19 +79,16 @@ class GpuMemory:
         """``size`` bytes of zeros, where this rank sees every rank's, and what keeps them."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        owner = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
-        try:
+        # Apart, because who fails while torch maps keeps the others waiting there for a timeout.
+        owner = self._handshake.together(f"allocate {size} bytes", lambda: _empty(size, self.device))
+
+        def map_all() -> Any:
             handle = symmetric_memory.rendezvous(owner, self._name)
-        except RuntimeError as cause:
-            raise CommunicationError(
-                f"rank {self.rank} could not map the memory of its peers' GPUs ({cause}): without peer access use "
-                "set_transport(group, 'p2p')"
-            ) from cause
-        owner.zero_()
-        torch.cuda.synchronize(self.device)
-        dist.barrier(
-            self._group(), device_ids=[self.device.index] if dist.get_backend(self._group()) == "nccl" else None
-        )
+            owner.zero_()
+            torch.cuda.synchronize(self.device)
+            return handle
+
+        handle = self._handshake.together("map the memory of its peers' GPUs", map_all)
         offset = int(getattr(handle, "offset", 0))
         # Of a tensor that does not own it: views that somebody keeps must not keep the memory.
         memory = handle.get_buffer(self.rank, (size,), torch.uint8)
@@ -91,11 +98,14 @@ class GpuMemory:
 
     def allocate(self, size: int) -> torch.Tensor:
         self._check()
-        torch.cuda.synchronize(self.device)  # all that this rank was told to expect has come
-        self._there.clear()
-        self._arena_handle = None
+        self.close()
         self._arena, self._arena_bases, self._arena_handle = self._mapped(size)
         return self._arena
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.device)  # all that this rank was told to expect has come
+        self._there.clear()
+        self._arena, self._arena_handle = self._arena[:0], None
 
     def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
         key = (peer, id(tensor))
@@ -119,7 +129,10 @@ class GpuMemory:
     def turn(self) -> None:
         if torch.cuda.is_current_stream_capturing():
             # The flags' values go up with every exchange; a graph would write the same ones again and wait for nothing.
-            raise RuntimeError("expected no CUDA graph around the symmetric transport: capture with 'p2p' (NCCL)")
+            raise RuntimeError(
+                "expected no CUDA graph around the symmetric transport: call set_transport(group, 'p2p') first, and "
+                "NCCL's transfers are captured"
+            )
         current = torch.cuda.current_stream(self.device)
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
@@ -171,6 +184,7 @@ class GpuMemory:
         self._error = why
         self._given_up[self.rank].fill_(1)
         aside = self._aside.cuda_stream
-        fill(aside, self._arena_bases[self.rank], self._arena.numel(), 0xFF)  # NaN as any float
+        if self._arena.numel():
+            fill(aside, self._arena_bases[self.rank], self._arena.numel(), 0xFF)  # NaN as any float
         for flag in range(4 * self.world_size):
             write_flag(aside, self._flag_bases[self.rank] + 4 * flag, self._exchanges + _BEYOND)

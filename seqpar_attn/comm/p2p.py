@@ -61,14 +61,17 @@ _slow: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
 """NCCL's communicators for slow exchanges. They go with their groups, whose stores they hold."""
 
 
+def timeout_of(backend: Any) -> timedelta:
+    return getattr(getattr(backend, "options", None), "_timeout", None) or timedelta(minutes=30)
+
+
 class P2P:
     """A process group's ranks, one of them here."""
 
     name = "p2p"
     arena = None
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, staged: bool = False):
-        """``staged``: let gloo send CUDA tensors, through host memory, for which the host waits."""
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
         # Nothing here may keep a group or its store alive: who destroys a group to make it again needs its sockets and
         # its store to go with it (a store that is made again where one still lives is the old one, old keys included).
         self._group, self.device = weakref.ref(group), device
@@ -80,18 +83,13 @@ class P2P:
             raise ValueError(
                 f"expected a group with a backend for {device.type} tensors, got {dist.get_backend(group)!r}"
             ) from cause
-        self._staged = device.type == "cuda" and backend.name() == "gloo"
-        if self._staged and not staged:
-            raise ValueError(
-                "expected an NCCL group for CUDA tensors, got gloo, which cannot send them peer to peer; on one host "
-                "seqpar_attn.set_transport(group, 'symmetric') needs no NCCL"
-            )
-        options = getattr(backend, "options", None)
-        self.timeout: timedelta = getattr(options, "_timeout", None) or timedelta(minutes=30)
+        self.staged = device.type == "cuda" and backend.name() == "gloo"
+        """Messages go through host memory, for which the host waits: gloo cannot send CUDA tensors peer to peer."""
+        self.timeout = timeout_of(backend)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
         self._coalesces = type(group) is dist.ProcessGroup and backend.supports_coalescing
-        self._ahead = _Ahead(device) if device.type == "cuda" and not self._staged else None
-        self._handshake = Handshake(
+        self._ahead = _Ahead(device) if device.type == "cuda" and not self.staged else None
+        self.handshake = Handshake(
             dist.distributed_c10d._get_default_store(),
             group.group_name,
             self.rank,
@@ -99,7 +97,7 @@ class P2P:
             self.timeout,
             every_call=device.type == "cpu",
         )
-        self._connected = device.type == "cpu" or self._staged
+        self._connected = device.type == "cpu" or self.staged or self.world_size == 1
 
     def open_slow(self) -> None:
         group = self.group
@@ -110,7 +108,7 @@ class P2P:
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = self.timeout
         options.group_name = f"{group.group_name}/slow"
-        store = dist.PrefixStore(self._handshake.unique("slow"), dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(self.handshake.unique("slow"), dist.distributed_c10d._get_default_store())
         slow: Any = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
         _slow[group] = slow
         slow.allreduce([torch.zeros(1, device=self.device)]).wait()  # connects all ranks, as in agree
@@ -120,10 +118,17 @@ class P2P:
         """None once it has been destroyed."""
         return self._group()
 
+    def give_way(self, why: str) -> bool:
+        return False
+
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
-        if self._handshake.agree(fields, error) and not self._connected:
-            # NCCL connects a group at its first operation, in which all ranks must take part; in a window's schedule
-            # some ranks may have nothing to send.
+        self.handshake.agree(fields, error)
+        self.connect()
+
+    def connect(self) -> None:
+        """NCCL connects a group at its first operation, in which all ranks must take part; in a window's schedule some
+        ranks may have nothing to send. All ranks call it; again it does nothing."""
+        if not self._connected:
             dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
             self._connected = True
 
@@ -132,13 +137,13 @@ class P2P:
     ) -> _Pending:
         unpack = []
         outgoing = [(peer, tensor.contiguous()) for peer, tensor in sends[0]]
-        if self._staged:
+        if self.staged:
             outgoing = [(peer, tensor.cpu()) for peer, tensor in outgoing]
         incoming = []
         for peer, tensor in receives[0]:
             buffer = tensor
-            if self._staged or not tensor.is_contiguous():
-                there = "cpu" if self._staged else self.device
+            if self.staged or not tensor.is_contiguous():
+                there = "cpu" if self.staged else self.device
                 buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format, device=there)
                 unpack.append((tensor, buffer))
             incoming.append((peer, buffer))

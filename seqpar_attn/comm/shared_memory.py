@@ -9,15 +9,14 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .base import CommunicationError
+from .handshake import Handshake
+from .p2p import P2P
 
 
 class _Work:
@@ -30,40 +29,49 @@ class _Work:
         self.queue = []
 
 
-def shared_tensors(group: dist.ProcessGroup, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """One tensor of zeros per rank of ``group``, on one host, that every rank sees. All ranks call it together."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    made = [tempfile.mkdtemp(prefix="seqpar_attn-") if rank == 0 else None]
-    dist.broadcast_object_list(made, group=group, group_src=0)
-    assert made[0] is not None
-    folder = Path(made[0])
-    own = folder / f"{name}-{rank}"
-    own.write_bytes(b"")
-    os.truncate(own, length * dtype.itemsize)
-    dist.barrier(group)
-    found = [
-        torch.from_file(str(folder / f"{name}-{peer}"), shared=True, size=length, dtype=dtype)
-        for peer in range(world_size)
-    ]
-    dist.barrier(group)
-    if rank == 0:  # all have mapped them
-        shutil.rmtree(folder)
-    return found
+def shared_tensors(handshake: Handshake, name: str, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """One tensor of zeros per rank, on one host, that every rank sees. All ranks call it together."""
+
+    def make_folder() -> str | None:
+        return tempfile.mkdtemp(prefix="seqpar_attn-") if handshake.rank == 0 else None
+
+    own = handshake.together("make a folder for shared memory", make_folder)
+    folder = Path(handshake.share({"step": "the folder of shared memory"}, None, own)[0])
+
+    def make() -> None:
+        file = folder / f"{name}-{handshake.rank}"
+        file.write_bytes(b"")
+        os.truncate(file, length * dtype.itemsize)
+
+    def open_all() -> list[torch.Tensor]:
+        return [
+            torch.from_file(str(folder / f"{name}-{peer}"), shared=True, size=length, dtype=dtype)
+            for peer in range(handshake.world_size)
+        ]
+
+    try:
+        handshake.together("make a file for shared memory", make)
+        return handshake.together("map its peers' files", open_all)
+    finally:
+        if handshake.rank == 0:  # all have mapped them, or nobody will
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class SharedMemory:
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta):
-        self._group, self.timeout = weakref.ref(group), timeout.total_seconds()
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, base: P2P, device: torch.device):
+        self._handshake, self.timeout = base.handshake, base.timeout.total_seconds()
+        self.rank, self.world_size = base.rank, base.world_size
         self._arenas: list[torch.Tensor] = []
         self._queue: list[Callable[[], None]] = []
-        self._flags = shared_tensors(group, "flags", 4 * self.world_size, torch.int32)
+        self._flags = shared_tensors(self._handshake, "flags", 4 * self.world_size, torch.int32)
 
     def allocate(self, size: int) -> torch.Tensor:
-        group = self._group()
-        assert group is not None
-        self._arenas = shared_tensors(group, "arena", size, torch.uint8)
+        self.close()
+        self._arenas = shared_tensors(self._handshake, "arena", size, torch.uint8)
         return self._arenas[self.rank]
+
+    def close(self) -> None:
+        self._arenas = []
 
     def there(self, peer: int, tensor: torch.Tensor) -> torch.Tensor:
         offset = tensor.data_ptr() - self._arenas[self.rank].data_ptr()

@@ -13,16 +13,14 @@ one order on every rank, too. A peer that is gone is the fabric's to notice.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from .arena import GrowingArena
 from .base import Handle, Message
 from .p2p import P2P
 
@@ -36,7 +34,8 @@ class Fabric(Protocol):
     def allocate(self, size: int) -> torch.Tensor:
         """A new arena of so many bytes on every rank, uint8, this one's own part; the last one may no longer be used.
 
-        All ranks call it at the same time with the same size. It may wait for them.
+        All ranks call it at the same time with the same size. It may wait for them. SetUpError on every rank if one of
+        them cannot.
         """
         ...
 
@@ -71,44 +70,28 @@ class Fabric(Protocol):
         """``wait`` orders the compute stream behind all that has been queued."""
         ...
 
-
-_generations = itertools.count()
-
-
-class GrowingArena:
-    """A fabric's memory. It grows as needed, on all ranks together, and only then do they talk."""
-
-    def __init__(self, fabric: Fabric):
-        self.fabric = fabric
-        self.generation = next(_generations)
-        self._memory: torch.Tensor | None = None
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        with self._lock:
-            self.fabric.turn()
-            yield
-
-    def reserve(self, size: int) -> torch.Tensor:
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None
-            self._memory = self.fabric.allocate(max(size, 1))
-            self.generation = next(_generations)
-        return self._memory[:size]
+    def close(self) -> None:
+        """Give the arena's memory back. All ranks call it, and nothing more."""
+        ...
 
 
 class Symmetric:
-    """``base``'s ranks, whose messages with a target go through ``fabric`` and all others through ``base``."""
+    """``base``'s ranks, whose messages with a target go through ``fabric`` and all others through ``base``.
+
+    ``limit``: of the arena's bytes. ``yields``: where the arena cannot be had, all messages go through ``base`` from
+    there on, instead of an error.
+    """
 
     name = "symmetric"
 
-    def __init__(self, base: P2P, fabric: Fabric):
-        self.base, self.fabric = base, fabric
+    def __init__(self, base: P2P, fabric: Fabric, limit: int | None = None, yields: bool = False):
+        self.base, self.fabric, self.yields = base, fabric, yields
+        self.gave_way: str | None = None
+        """Why it did."""
         self.world_size = base.world_size
         self.local_ranks: tuple[int, ...] = base.local_ranks
         self.rank = base.local_ranks[0]
-        self.arena = GrowingArena(fabric)
+        self.arena: GrowingArena | None = GrowingArena(fabric, limit)
         self._sent: dict[tuple[int, bool], int] = defaultdict(int)
         self._expected: dict[tuple[int, bool], int] = defaultdict(int)
         """Exchanges with a peer so far in which it gets something, or sends something. Slow ones have counters of their
@@ -119,10 +102,21 @@ class Symmetric:
         return self.base.group
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
-        self.base.agree(fields, error)
+        if self.arena is None:
+            self.base.agree(fields, error)
+        else:  # NCCL, which nothing goes through, need not connect the ranks
+            self.base.handshake.agree(fields, error)
+
+    def give_way(self, why: str) -> bool:
+        if self.yields and self.arena is not None:
+            self.base.connect()
+            self.gave_way, self.arena = why, None
+            self.fabric.close()
+        return self.yields
 
     def open_slow(self) -> None:
-        pass
+        if self.arena is None:
+            self.base.open_slow()
 
     def exchange(
         self,
@@ -135,6 +129,7 @@ class Symmetric:
     ) -> Handle:
         """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's."""
         if targets is None:
+            self.base.connect()  # all ranks come here
             return self.base.exchange(sends, receives, slow=slow)
         fabric = self.fabric
         ready = 2 * self.world_size if slow else 0

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from .. import memory
 from ..api import Grid
-from ..comm import Group, LoopbackGroup, communicator, group_name
+from ..comm import Group, LoopbackGroup, group_name, peers
 from ..layout import get_layout
 from .transformers import enable, enabled, has_settings
 
@@ -113,7 +113,7 @@ def prepare_seq_parallel_inputs(
     together = seq_algo != "data_parallel" and dist.is_available() and dist.is_initialized()
     if together and dist.get_world_size() == world_size > 1:
         fields = {"seq_algo": seq_algo, "input_ids shape": tuple(input_ids.shape), "ring_degree": ring_degree}
-        communicator(group_name(None), device).agree(fields, error)
+        peers(group_name(None), device).agree(fields, error)
     if error is not None:
         raise error
     if seq_algo == "usp_attn":

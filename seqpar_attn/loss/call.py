@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm import Group, LoopbackGroup, communicator, group_name
-from ..comm.p2p import P2P
+from ..comm import P2P, Group, LoopbackGroup, group_name, peers
 from ..kernels import accumulator_dtype
 from . import reference
 from .options import Options, check_options
@@ -188,8 +187,8 @@ def prepare(
 
 
 def _peers(name: str, group: Group, device: torch.device) -> P2P | None:
-    """The communicator of a group of several processes; None for one process."""
-    comm = communicator(group_name(group), device)
+    """The ranks of a group of several processes; None for one process."""
+    comm = peers(group_name(group), device)
     if name == "tp_group" and not isinstance(comm, P2P) and comm.world_size > 1:
         raise ValueError(f"expected tp_group to be a group of processes, got {group!r}")
     return comm if isinstance(comm, P2P) and comm.world_size > 1 else None
