@@ -148,28 +148,38 @@ STAGED = [(1 << 20, 1, 2), (2 << 20, 1, 2), (3700000, 1, 2), (3700000, 1, 4), (5
 
 
 def memory_staged() -> str:
-    """Computed here and now, by the planner."""
+    """Computed here and now, by the planner, beside what was measured."""
     from seqpar_attn.planner.hardware import LINKS
     from seqpar_attn.planner.memory import predict_memory
     from seqpar_attn.planner.models import MODELS
     from seqpar_attn.planner.plan import make_cluster
     from seqpar_attn.planner.policy import Policy
 
+    measured = {}
+    for path in (RESULTS / "memory").glob("*.json"):
+        payload = read(path, "memory")
+        if payload.get("tile_block"):
+            setting = payload["checkpoint_every"], payload["keep_last"]
+            measured |= {(row["context"], *setting): row for row in payload["rows"] if "peak_bytes" in row}
     eight, lines = make_cluster(8, LINKS["nvlink4"]), []
     for context, every, last in STAGED:
         options = {"tile_block": 8192, "head_groups": 8, "checkpoint_every": every, "keep_last": last}
         policy = Policy("ring", "recompute", "offload", None, **options)
         found = predict_memory(MODELS["llama-3-8b"], eight, policy, context // 8)
         name = f"{context >> 10}K" if context % 1024 == 0 else str(context)
-        lines.append([name, f"{every}, {last}", f"{found.total / GIB:.1f} GiB", f"{found.host / GIB:.1f} GiB"])
-    return rows_to_table(["context", "`checkpoint_every`, `keep_last`", "GPU memory", "host memory per GPU"], lines)
+        cells = [name, f"{every}, {last}", f"{found.total / GIB:.1f} GiB", f"{found.host / GIB:.1f} GiB"]
+        row = measured.get((context, every, last))
+        cells += [f"{row[key] / GIB:.1f} GiB" for key in ("peak_bytes", "host_bytes")] if row else ["", ""]
+        lines.append(cells)
+    header = ["context", "`checkpoint_every`, `keep_last`", "GPU memory, computed", "host memory per GPU, computed"]
+    return rows_to_table([*header, "GPU memory, measured", "host memory, measured"], lines)
 
 
 MODEL_NAMES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "llama-2-13b": "Llama-2-13B"}
 
 
 def memory_files() -> list[Path]:
-    """By model, policy and context."""
+    """By model, policy and context; blocks in stages have a table of their own."""
 
     def order(path: Path) -> tuple[int, bool, int, str]:
         payload = read(path, "memory")
@@ -177,8 +187,11 @@ def memory_files() -> list[Path]:
         model = list(MODEL_NAMES).index(payload["model"])
         return model, payload["attention"] != "save", min(contexts, default=0), path.name
 
-    found = [path for path in (RESULTS / "memory").glob("*.json") if read(path, "memory")["model"] in MODEL_NAMES]
-    return sorted(found, key=order)
+    def is_shown(path: Path) -> bool:
+        payload = read(path, "memory")
+        return payload["model"] in MODEL_NAMES and not payload.get("tile_block")
+
+    return sorted(filter(is_shown, (RESULTS / "memory").glob("*.json")), key=order)
 
 
 def _memory_rows() -> Iterator[tuple[dict[str, Any], dict[str, Any], list[str]]]:
