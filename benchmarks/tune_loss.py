@@ -2,9 +2,10 @@
 
     python3 benchmarks/tune_loss.py
 
-Per vocabulary: the rows kernel as it is and the candidate of resident_rows.py in several sizes, as a share of the rate
-of a copy of as many bytes, checked against each other; a whole cross_entropy call, and the host's part of it; then
-linear_cross_entropy by kernel, and with other scratch sizes. Prints only.
+Per vocabulary: the kernel that reads rows once in several sizes, as a share of the rate of a copy of as many bytes,
+checked against two passes of two kernels; a whole cross_entropy call, and the host's part of it. Then the gradient of a
+weight, chunk by chunk, against cuBLAS and an addition; then linear_cross_entropy by kernel. Prints only; what fails is
+printed, and costs nothing else.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import common  # noqa: F401  finds the checkout
 
 # isort: split
 import torch
-from resident_rows import Part, launch_resident
 from torch.profiler import ProfilerActivity, profile
 
 import seqpar_attn
-from seqpar_attn.loss import products
 from seqpar_attn.loss.options import Options
-from seqpar_attn.loss.triton.rows import launch_rows
+from seqpar_attn.loss.triton.resident import Part, launch_resident
+from seqpar_attn.loss.triton.rows import launch_gradient, launch_statistics
 
 ROWS = [(16384, 32000), (16384, 128256), (8192, 262144)]
-PARTS = [Part(512, 8, 8), Part(512, 8, 4), Part(1024, 8, 16), Part(1024, 8, 8), Part(2048, 8, 32), Part(2048, 8, 16)]
+PARTS = [(8, 4), (4, 4), (16, 4), (4, 8), (8, 8), (16, 8), (4, 16), (8, 16)]
+"""Chunks and warps of a part."""
 
 
 def milliseconds(call: Callable[[], Any], repeat: int = 20) -> float:
@@ -54,6 +55,16 @@ def by_kernel(call: Callable[[], Any], repeat: int, most: int = 10) -> None:
         )
 
 
+def report(name: str, copied: float, call: Callable[[], Any], right: Callable[[], Any] = lambda: None) -> None:
+    """A line: time, share of ``copied``, name; or why not."""
+    try:
+        right()
+        took = milliseconds(call)
+        print(f"    {took:8.3f} ms  {copied / took:4.0%}  {name}", flush=True)
+    except Exception as error:
+        print(f"    failed: {name}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+
+
 def rows(tokens: int, vocab: int) -> None:
     x = torch.randn(tokens, vocab, device="cuda").bfloat16()
     target = torch.randint(vocab, (tokens,), device="cuda", dtype=torch.int32)
@@ -61,20 +72,29 @@ def rows(tokens: int, vocab: int) -> None:
     options, half, flat = Options(vocab), x.numel() // 2, x.view(-1)
     copied = 2 * milliseconds(lambda: flat[half : 2 * half].copy_(flat[:half]))
     print(f"vocabulary {vocab}: one read and one write by a copy {copied:.3f} ms")
-    few = slice(0, 64)
-    found = []
-    for launch, more in ((launch_rows, (True,)), (launch_resident, ())):
-        statistics, out = torch.full((4, 64), float("nan"), device="cuda"), torch.full_like(x[few], float("nan"))
-        launch(x[few], target[few], weight[few], statistics, out, options, *more)
-        found.append((statistics, out))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
     statistics = torch.empty(4, tokens, device="cuda")
-    took = milliseconds(lambda: launch_rows(x, target, weight, statistics, x, options, True))
-    print(f"    {took:8.3f} ms  {copied / took:4.0%}  rows kernel")
-    for part in PARTS:
-        took = milliseconds(lambda p=part: launch_resident(x, target, weight, statistics, x, options, p))
-        print(f"    {took:8.3f} ms  {copied / took:4.0%}  {part}")
+
+    def twice() -> None:
+        launch_statistics(x, target, weight, statistics, options)
+        launch_gradient(x, target, weight, statistics, x, options)
+
+    few, truth = slice(0, 64), (torch.empty(4, 64, device="cuda"), torch.empty_like(x[:64]))
+    launch_statistics(x[few], target[few], weight[few], truth[0], options)
+    launch_gradient(x[few], target[few], weight[few], truth[0], truth[1], options)
+    report("two kernels", copied, twice)
+    for chunks, warps in PARTS:
+        part = Part(chunks, warps)
+
+        def once(part: Part = part) -> None:
+            launch_resident(x, target, weight, statistics, x, options, part)
+
+        def right(part: Part = part) -> None:
+            got = torch.full((4, 64), float("nan"), device="cuda"), torch.full_like(x[few], float("nan"))
+            launch_resident(x[few], target[few], weight[few], *got, options, part)
+            for a, b in zip(got, truth):
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+        report(str(part), copied, once, right)
     leaf, labels = x.requires_grad_(), target.long()
 
     def whole() -> None:
@@ -99,11 +119,6 @@ def linear(vocab: int) -> None:
 
     print(f"linear, vocabulary {vocab}: {milliseconds(whole, 3):.2f} ms; its kernels:")
     by_kernel(whole, 3)
-    usual = products.SCRATCH_BYTES
-    for mib in (16, 64, 128):
-        products.SCRATCH_BYTES = mib << 20
-        print(f"    {milliseconds(whole, 3):8.2f} ms  with {mib} MiB of scratch")
-    products.SCRATCH_BYTES = usual
 
 
 def main() -> None:

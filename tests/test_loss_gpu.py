@@ -205,3 +205,37 @@ def test_cuda_graph() -> None:
     hidden.copy_(torch.randn_like(hidden))
     graph.replay()
     assert torch.equal(loss, seqpar_attn.linear_cross_entropy(hidden, weight, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "columns, width", [(8192 * 4, 8192 * 4), (8192 * 3 + 8, 8192 * 4), (16389, 16400), (20001, 20001)]
+)
+def test_rows_that_are_read_once(columns: int, width: int, dtype: torch.dtype) -> None:
+    """Labels at the edges of parts, ignored rows of NaN, rows that are not aligned, and nothing written beyond."""
+    from seqpar_attn.loss.triton import TritonRows
+    from seqpar_attn.loss.triton.resident import choose, launch_resident, serves
+
+    options = Options(columns, **EVERYTHING)
+    logits = torch.randn(300, width, device="cuda").to(dtype)[:, :columns]
+    part = choose(columns, dtype.itemsize).columns(dtype.itemsize)
+    labels = torch.randint(columns, (300,), device="cuda", dtype=torch.int32)
+    labels[:6] = torch.tensor([0, part - 1, part, columns - 1, 2 * part, -1], dtype=torch.int32)
+    weight = torch.rand(300, device="cuda")
+    weight[7::5] = 0
+    clean = logits.clone()
+    logits[7::5] = float("nan")
+    assert serves(logits)
+    for smoothing in (True, False):
+        options = Options(columns, **(EVERYTHING if smoothing else {}))
+        truth = torch.empty(300, columns, device="cuda", dtype=torch.float64)
+        expected = ReferenceRows().both(clean.double(), labels, weight.double(), options, truth)
+        whole = torch.full((300, width + 8), float("nan"), device="cuda", dtype=dtype)
+        statistics = torch.full((4, 300), float("nan"), device="cuda")
+        launch_resident(logits, labels, weight, statistics, whole[:, :columns], options)
+        assert whole[:, columns:].isnan().all()
+        assert ((statistics - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-4
+        assert (whole[:, :columns] - truth).abs().max() < (2.0**-8 if dtype == torch.bfloat16 else 1e-5)
+        over = logits.clone(memory_format=torch.preserve_format)
+        again = TritonRows().both(over, labels, weight, options, over)
+        assert torch.equal(again, statistics) and torch.equal(over, whole[:, :columns])

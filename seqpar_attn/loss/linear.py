@@ -53,7 +53,9 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], setup: Setup):
         wide = accumulator_dtype(hidden.dtype)
         self.setup, self.hidden_dtype, self.tensor = setup, hidden.dtype, weight
-        self.dhidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs[0] else None
+        self.dhidden = hidden.new_empty(hidden.shape, dtype=wide) if needs[0] else None
+        if self.dhidden is not None and not weight.shape[0]:
+            self.dhidden.zero_()  # without words nobody writes it
         split = setup.rows.name == "triton" and weight.dtype == torch.bfloat16
         self.dweight = WeightSum(weight, split) if needs[1] else None
         self.dbias = bias.new_zeros(bias.shape, dtype=wide) if needs[2] and bias is not None else None
@@ -69,7 +71,8 @@ class _Gradients:
     def finish(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dhidden = None
         if self.dhidden is not None:
-            dhidden = self.setup.slice.sum_(self.dhidden).mul_(factor).to(self.hidden_dtype)
+            dhidden = torch.empty_like(self.dhidden, dtype=self.hidden_dtype)
+            torch.mul(self.setup.slice.sum_(self.dhidden), factor, out=dhidden)  # rounds, and reads, once
             self.dhidden = None
         dweight = self.dweight.finish(factor) if self.dweight is not None else None
         dbias = (self.dbias * factor).to(self.hidden_dtype) if self.dbias is not None else None
@@ -117,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif any(needs):
             ctx.save_for_backward(hidden, weight, bias, statistics)
         ctx.setup, ctx.needs, ctx.logits_bytes, ctx.gradients = setup, needs, logits_bytes, gradients
-        return setup.reduce(rows.losses(statistics, live, options))
+        return setup.loss(statistics)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
