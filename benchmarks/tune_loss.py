@@ -11,6 +11,7 @@ printed, and costs nothing else.
 from __future__ import annotations
 
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import seqpar_attn
 from seqpar_attn.loss.options import Options
+from seqpar_attn.loss.products import WeightSum
 from seqpar_attn.loss.triton.resident import Part, launch_resident
 from seqpar_attn.loss.triton.rows import launch_gradient, launch_statistics
+from seqpar_attn.loss.triton.weight_gradient import launch_weight_gradient
 
 ROWS = [(16384, 32000), (16384, 128256), (8192, 262144)]
 PARTS = [(8, 4), (4, 4), (16, 4), (4, 8), (8, 8), (16, 8), (4, 16), (8, 16)]
@@ -55,11 +58,13 @@ def by_kernel(call: Callable[[], Any], repeat: int, most: int = 10) -> None:
         )
 
 
-def report(name: str, copied: float, call: Callable[[], Any], right: Callable[[], Any] = lambda: None) -> None:
+def report(
+    name: str, copied: float, call: Callable[[], Any], right: Callable[[], Any] = lambda: None, repeat: int = 20
+) -> None:
     """A line: time, share of ``copied``, name; or why not."""
     try:
         right()
-        took = milliseconds(call)
+        took = milliseconds(call, repeat)
         print(f"    {took:8.3f} ms  {copied / took:4.0%}  {name}", flush=True)
     except Exception as error:
         print(f"    failed: {name}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
@@ -109,6 +114,48 @@ def rows(tokens: int, vocab: int) -> None:
     by_kernel(whole, 5)
 
 
+def weight_gradient(vocab: int, tokens: int) -> None:
+    """A chunk of ``tokens``. The share is that of the time of the product alone, by cuBLAS."""
+    width = 4096
+    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+    dlogits = (torch.randn(tokens, vocab, device="cuda") / 64).bfloat16()
+    high = torch.empty(vocab, width, dtype=torch.int16, device="cuda")
+    low = torch.empty(vocab, width, dtype=torch.uint8, device="cuda")
+    product = torch.empty(vocab, width, dtype=torch.bfloat16, device="cuda")
+    alone = milliseconds(lambda: torch.mm(dlogits.t(), hidden, out=product), 5)
+    del product
+    print(
+        f"weight gradient, vocabulary {vocab}, {tokens} tokens: product alone, to bfloat16, {alone:.3f} ms", flush=True
+    )
+    total = WeightSum(torch.empty(1, width, device="cuda", dtype=torch.bfloat16).expand(vocab, width), True)
+
+    def apart() -> None:
+        with unittest.mock.patch.object(seqpar_attn.loss.triton, "add_product", lambda *arguments: False):
+            total.add(dlogits, hidden)
+
+    report("product to scratch, then addition", alone, apart, repeat=5)
+    some = torch.cat([torch.arange(0, 300), torch.arange(vocab - 300, vocab)]).cuda()
+    truth = dlogits[:, some].double().t() @ hidden.double()
+    for first in (True, False):
+        for in_flight in (0, 1):
+
+            def fused(in_flight: int = in_flight, first: bool = first) -> None:
+                launch_weight_gradient(dlogits, hidden, high, low, first, in_flight)
+
+            def right(in_flight: int = in_flight, first: bool = first) -> None:
+                high.fill_(0x7FFF), low.fill_(255)
+                launch_weight_gradient(dlogits, hidden, high, low, True, in_flight)
+                times = 1
+                if not first:
+                    fused(in_flight, False)
+                    times = 2
+                got = (high[some].int() << 16 | low[some].int() << 8).view(torch.float32)
+                error = ((got - times * truth).norm() / (times * truth).norm()).item()
+                assert error < 2e-5, error
+
+            report(f"one kernel, first={first}, in_flight={in_flight}", alone, fused, right, 5)
+
+
 def linear(vocab: int) -> None:
     hidden = torch.randn(16384, 4096, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab, 4096, device="cuda") / 64).bfloat16().requires_grad_()
@@ -125,9 +172,13 @@ def main() -> None:
     for tokens, vocab in ROWS:
         rows(tokens, vocab)
         torch.cuda.empty_cache()
-    for vocab in (32000, 128256):
-        linear(vocab)
-        torch.cuda.empty_cache()
+    for vocab, chunk in ((32000, 8192), (128256, 2048)):
+        for case in (lambda v=vocab, c=chunk: weight_gradient(v, c), lambda v=vocab: linear(v)):
+            try:
+                case()
+            except Exception as error:
+                print(f"    failed: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

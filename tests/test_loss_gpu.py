@@ -239,3 +239,30 @@ def test_rows_that_are_read_once(columns: int, width: int, dtype: torch.dtype) -
         over = logits.clone(memory_format=torch.preserve_format)
         again = TritonRows().both(over, labels, weight, options, over)
         assert torch.equal(again, statistics) and torch.equal(over, whole[:, :columns])
+
+
+@pytest.mark.parametrize(
+    "vocab, width, tokens", [(700, 512, 130), (128, 256, 64), (1003, 1040, 8), (5, 16, 1), (9000, 768, 4096)]
+)
+def test_weight_gradient_in_one_kernel(vocab: int, width: int, tokens: int) -> None:
+    """On Hopper: sizes that no tile divides, NaN where nothing may be read, chunk by chunk."""
+    from seqpar_attn.loss.triton import add_product
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper only")
+    high = torch.full((vocab + 1, width), 0x7FFF, dtype=torch.int16, device="cuda")
+    low = torch.full((vocab + 1, width), 99, dtype=torch.uint8, device="cuda")
+    truth = torch.zeros(vocab, width, dtype=torch.float64, device="cuda")
+    for chunk in range(3):
+        dlogits = torch.full((tokens + 1, -(-vocab // 16) * 16 + 16), float("nan"), device="cuda").bfloat16()
+        dlogits[:tokens, :vocab] = torch.randn(tokens, vocab, device="cuda")
+        hidden = torch.full((tokens + 1, width), float("nan"), device="cuda").bfloat16()
+        hidden[:tokens] = torch.randn(tokens, width, device="cuda")
+        a, b = dlogits[:tokens, :vocab], hidden[:tokens]
+        truth += a.double().t() @ b.double()
+        assert add_product(high[:vocab], low[:vocab], a, b, chunk == 0)
+        bits = high[:vocab].int() << 16 | low[:vocab].int() << 8
+        assert (bits.view(torch.float32) - truth).norm() < (chunk + 1) * 1e-5 * truth.norm()
+    assert (high[vocab] == 0x7FFF).all() and (low[vocab] == 99).all()
+    # What the copy engine cannot read.
+    assert not add_product(high[:vocab], low[:vocab], dlogits[:tokens, 1 : vocab + 1], b, False)

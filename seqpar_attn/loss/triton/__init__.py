@@ -22,13 +22,13 @@ Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _resident() -> Any:
-    """The kernel that reads rows once; None where Gluon, Triton's language below Triton, lacks what it needs, and under
-    the interpreter, which has no Gluon and runs one program at a time, while these wait for each other."""
+def _gluon(name: str) -> Any:
+    """A module in Gluon, Triton's language below Triton; None where that lacks what it needs, and under the
+    interpreter, which has no Gluon (and runs one program at a time, while those of ``resident`` wait for each other)."""
     if interpreted():
         return None
     try:
-        return importlib.import_module(".resident", __name__)
+        return importlib.import_module(f".{name}", __name__)
     except (ImportError, AttributeError):
         return None
 
@@ -37,7 +37,7 @@ def _resident() -> Any:
 def _launchers() -> Any:
     from . import rows, split, tokens
 
-    resident = _resident()
+    resident, weight_gradient = _gluon("resident"), _gluon("weight_gradient")
     return SimpleNamespace(
         statistics=rows.launch_statistics,
         gradient=rows.launch_gradient,
@@ -50,6 +50,8 @@ def _launchers() -> Any:
         loss=tokens.launch_loss,
         add=split.launch_add,
         finish=split.launch_finish,
+        product=weight_gradient.launch_weight_gradient if weight_gradient else None,
+        multiplies=weight_gradient.serves if weight_gradient else lambda *tensors: False,
     )
 
 
@@ -132,6 +134,15 @@ def add_split(high: Tensor, low: Tensor, addend: Tensor, first: bool) -> None:
     if high.numel():
         with on_device_of(high):
             _launchers().add(high, low, addend, first)
+
+
+def add_product(high: Tensor, low: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> bool:
+    """``add_split`` of ``dlogits.T @ hidden``, if one kernel can do both here; else nothing is done: False."""
+    if architecture(high.device) != 90 or not _launchers().multiplies(dlogits, hidden, low):
+        return False
+    with on_device_of(high):
+        _launchers().product(dlogits, hidden, high, low, first)
+    return True
 
 
 def finish_split(high: Tensor, low: Tensor, factor: Tensor) -> None:
