@@ -261,7 +261,7 @@ def test_weight_gradient_in_one_kernel(vocab: int, width: int, tokens: int) -> N
         a, b = dlogits[:tokens, :vocab], hidden[:tokens]
         truth += a.double().t() @ b.double()
         assert add_product(high[:vocab], low[:vocab], a, b, chunk == 0)
-        bits = high[:vocab].int() << 16 | low[:vocab].int() << 8
+        bits = (high[:vocab].int() << 16) + (low[:vocab].view(torch.int8).int() << 8)
         assert (bits.view(torch.float32) - truth).norm() < (chunk + 1) * 1e-5 * truth.norm()
     assert (high[vocab] == 0x7FFF).all() and (low[vocab] == 99).all()
     # What the copy engine cannot read.

@@ -1,4 +1,4 @@
-"""Cross-compile the kernel of a weight's gradient for Hopper without a GPU: tensor cores, the copy engine, no spills."""
+"""Cross-compile the kernel of a weight's gradient without a GPU: tensor cores, the copy engine, no spills."""
 
 from __future__ import annotations
 

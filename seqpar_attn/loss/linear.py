@@ -99,8 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_bytes: int,
     ) -> Tensor:
         rows, options, live = setup.rows, setup.options, setup.live
-        # The factor without its power of two, which would round nothing and could make float16 vanish.
-        weight_of = live * torch.frexp(setup.factor).mantissa
+        weight_of, ctx.later = setup.weight, torch.ones_like(setup.factor)
+        if hidden.dtype == torch.float16:  # where the factor's power of two, which rounds nothing, could make it vanish
+            mantissa, exponent = torch.frexp(setup.factor)
+            weight_of, ctx.later = live * mantissa, torch.ldexp(ctx.later, exponent)
         ahead = any(needs) and setup.reduction != "none"
         gradients = _Gradients(hidden, weight, bias, needs, setup) if ahead else None
         statistics = live.new_empty(4, hidden.shape[0])
@@ -134,8 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         "expected one backward pass: linear_cross_entropy has given its gradients away "
                         "(they are computed in forward, while the logits are there)"
                     )
-                power = torch.ldexp(torch.ones_like(dloss), torch.frexp(setup.factor).exponent)
-                return (*gradients.finish(dloss * power), None, None, None)
+                return (*gradients.finish(dloss * ctx.later), None, None, None)
             hidden, weight, bias, statistics = ctx.saved_tensors
             weights = setup.scaled(dloss)
             gradients = _Gradients(hidden, weight, bias, ctx.needs, setup)

@@ -24,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def _gluon(name: str) -> Any:
     """A module in Gluon, Triton's language below Triton; None where that lacks what it needs, and under the
-    interpreter, which has no Gluon (and runs one program at a time, while those of ``resident`` wait for each other)."""
+    interpreter, which has none (and runs one program at a time, while those of ``resident`` wait for each other)."""
     if interpreted():
         return None
     try:

@@ -90,11 +90,12 @@ def _halves(x, LAYOUT: gl.constexpr):
 def _add(x, high_s, low_s, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
     """64 columns in shared memory, plus ``x`` (or ``x`` alone if FIRST): see ``split.add_split_kernel``."""
     if not FIRST:
-        bits = (high_s.load(LAYOUT).to(gl.int32) << 16) | (low_s.load(LAYOUT).to(gl.int32) << 8)
+        missing = (low_s.load(LAYOUT).to(gl.int32) ^ 128) - 128
+        bits = (high_s.load(LAYOUT).to(gl.int32) << 16) + (missing << 8)
         x += bits.to(gl.float32, bitcast=True)
     bits = x.to(gl.int32, bitcast=True)
     bits = gl.where(x == x, bits + 127 + ((bits >> 8) & 1), 0x7FC00000)
-    high_s.store((bits >> 16).to(gl.int16))
+    high_s.store(((bits + 0x8000) >> 16).to(gl.int16))
     low_s.store((bits >> 8).to(gl.uint8))
 
 
