@@ -167,16 +167,15 @@ def linear(vocab: int) -> None:
 
 
 def main() -> None:
-    for tokens, vocab in ROWS:
-        rows(tokens, vocab)
-        torch.cuda.empty_cache()
+    cases: list[tuple[Callable[..., None], tuple[int, ...]]] = [(rows, sizes) for sizes in ROWS]
     for vocab, chunk in ((32000, 8192), (128256, 2048)):
-        for case in (lambda v=vocab, c=chunk: weight_gradient(v, c), lambda v=vocab: linear(v)):
-            try:
-                case()
-            except Exception as error:
-                print(f"    failed: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
-            torch.cuda.empty_cache()
+        cases += [(weight_gradient, (vocab, chunk)), (linear, (vocab,))]
+    for case, sizes in cases:
+        try:
+            case(*sizes)
+        except Exception as error:
+            print(f"    failed: {case.__name__}{sizes}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
