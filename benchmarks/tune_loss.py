@@ -2,14 +2,16 @@
 
     python3 benchmarks/tune_loss.py
 
-Per vocabulary: the rows kernel as it is and the candidate of resident_rows.py in several sizes, as a share of the rate
-of a copy of as many bytes, checked against each other; a whole cross_entropy call, and the host's part of it; then
-linear_cross_entropy by kernel, and with other scratch sizes. Prints only.
+Per vocabulary: the kernel that reads rows once in several sizes, as a share of the rate of a copy of as many bytes,
+checked against two passes of two kernels; a whole cross_entropy call, and the host's part of it. Then the gradient of a
+weight, chunk by chunk, against cuBLAS and an addition; then linear_cross_entropy by kernel. Prints only; what fails is
+printed, and costs nothing else.
 """
 
 from __future__ import annotations
 
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +19,18 @@ import common  # noqa: F401  finds the checkout
 
 # isort: split
 import torch
-from resident_rows import Part, launch_resident
 from torch.profiler import ProfilerActivity, profile
 
 import seqpar_attn
-from seqpar_attn.loss import products
 from seqpar_attn.loss.options import Options
-from seqpar_attn.loss.triton.rows import launch_rows
+from seqpar_attn.loss.products import WeightSum
+from seqpar_attn.loss.triton.resident import Part, launch_resident
+from seqpar_attn.loss.triton.rows import launch_gradient, launch_statistics
+from seqpar_attn.loss.triton.weight_gradient import launch_weight_gradient
 
 ROWS = [(16384, 32000), (16384, 128256), (8192, 262144)]
-PARTS = [Part(512, 8, 8), Part(512, 8, 4), Part(1024, 8, 16), Part(1024, 8, 8), Part(2048, 8, 32), Part(2048, 8, 16)]
+PARTS = [(8, 4), (4, 4), (4, 8), (16, 4), (8, 8), (16, 8), (8, 16)]
+"""Chunks and warps of a part."""
 
 
 def milliseconds(call: Callable[[], Any], repeat: int = 20) -> float:
@@ -54,6 +58,18 @@ def by_kernel(call: Callable[[], Any], repeat: int, most: int = 10) -> None:
         )
 
 
+def report(
+    name: str, copied: float, call: Callable[[], Any], right: Callable[[], Any] = lambda: None, repeat: int = 20
+) -> None:
+    """A line: time, share of ``copied``, name; or why not."""
+    try:
+        right()
+        took = milliseconds(call, repeat)
+        print(f"    {took:8.3f} ms  {copied / took:4.0%}  {name}", flush=True)
+    except Exception as error:
+        print(f"    failed: {name}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+
+
 def rows(tokens: int, vocab: int) -> None:
     x = torch.randn(tokens, vocab, device="cuda").bfloat16()
     target = torch.randint(vocab, (tokens,), device="cuda", dtype=torch.int32)
@@ -61,20 +77,29 @@ def rows(tokens: int, vocab: int) -> None:
     options, half, flat = Options(vocab), x.numel() // 2, x.view(-1)
     copied = 2 * milliseconds(lambda: flat[half : 2 * half].copy_(flat[:half]))
     print(f"vocabulary {vocab}: one read and one write by a copy {copied:.3f} ms")
-    few = slice(0, 64)
-    found = []
-    for launch, more in ((launch_rows, (True,)), (launch_resident, ())):
-        statistics, out = torch.full((4, 64), float("nan"), device="cuda"), torch.full_like(x[few], float("nan"))
-        launch(x[few], target[few], weight[few], statistics, out, options, *more)
-        found.append((statistics, out))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
     statistics = torch.empty(4, tokens, device="cuda")
-    took = milliseconds(lambda: launch_rows(x, target, weight, statistics, x, options, True))
-    print(f"    {took:8.3f} ms  {copied / took:4.0%}  rows kernel")
-    for part in PARTS:
-        took = milliseconds(lambda p=part: launch_resident(x, target, weight, statistics, x, options, p))
-        print(f"    {took:8.3f} ms  {copied / took:4.0%}  {part}")
+
+    def twice() -> None:
+        launch_statistics(x, target, weight, statistics, options)
+        launch_gradient(x, target, weight, statistics, x, options)
+
+    few, truth = slice(0, 64), (torch.empty(4, 64, device="cuda"), torch.empty_like(x[:64]))
+    launch_statistics(x[few], target[few], weight[few], truth[0], options)
+    launch_gradient(x[few], target[few], weight[few], truth[0], truth[1], options)
+    report("two kernels", copied, twice)
+    for chunks, warps in PARTS:
+        part = Part(chunks, warps)
+
+        def once(part: Part = part) -> None:
+            launch_resident(x, target, weight, statistics, x, options, part)
+
+        def right(part: Part = part) -> None:
+            got = torch.full((4, 64), float("nan"), device="cuda"), torch.full_like(x[few], float("nan"))
+            launch_resident(x[few], target[few], weight[few], *got, options, part)
+            for a, b in zip(got, truth):
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+        report(str(part), copied, once, right)
     leaf, labels = x.requires_grad_(), target.long()
 
     def whole() -> None:
@@ -89,6 +114,46 @@ def rows(tokens: int, vocab: int) -> None:
     by_kernel(whole, 5)
 
 
+def weight_gradient(vocab: int, tokens: int) -> None:
+    """A chunk of ``tokens``. The share is that of the time of the product alone, by cuBLAS."""
+    width = 4096
+    hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+    dlogits = (torch.randn(tokens, vocab, device="cuda") / 64).bfloat16()
+    high = torch.empty(vocab, width, dtype=torch.int16, device="cuda")
+    low = torch.empty(vocab, width, dtype=torch.uint8, device="cuda")
+    alone = milliseconds(lambda: torch.mm(dlogits.t(), hidden), 5)
+    print(
+        f"weight gradient, vocabulary {vocab}, {tokens} tokens: product alone, to bfloat16, {alone:.3f} ms", flush=True
+    )
+    total = WeightSum(torch.empty(1, width, device="cuda", dtype=torch.bfloat16).expand(vocab, width), True)
+
+    def apart() -> None:
+        with unittest.mock.patch.object(seqpar_attn.loss.triton, "add_product", lambda *arguments: False):
+            total.add(dlogits, hidden)
+
+    report("product to scratch, then addition", alone, apart, repeat=5)
+    some = torch.cat([torch.arange(0, 300), torch.arange(vocab - 300, vocab)]).cuda()
+    truth = dlogits[:, some].double().t() @ hidden.double()
+    for first in (True, False):
+        for in_flight in (0, 1):
+
+            def fused(in_flight: int = in_flight, first: bool = first) -> None:
+                launch_weight_gradient(dlogits, hidden, high, low, first, in_flight)
+
+            def right(in_flight: int = in_flight, first: bool = first) -> None:
+                high.fill_(0x7FFF), low.fill_(255)
+                launch_weight_gradient(dlogits, hidden, high, low, True, in_flight)
+                times = 1
+                if not first:
+                    fused(in_flight, False)
+                    times = 2
+                got = ((high[some].int() << 16) + (low[some].view(torch.int8).int() << 8)).view(torch.float32)
+                error = ((got - times * truth).norm() / (times * truth).norm()).item()
+                assert error < 2e-5, error
+
+            report(f"one kernel, first={first}, in_flight={in_flight}", alone, fused, right, 5)
+
+
 def linear(vocab: int) -> None:
     hidden = torch.randn(16384, 4096, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab, 4096, device="cuda") / 64).bfloat16().requires_grad_()
@@ -99,19 +164,17 @@ def linear(vocab: int) -> None:
 
     print(f"linear, vocabulary {vocab}: {milliseconds(whole, 3):.2f} ms; its kernels:")
     by_kernel(whole, 3)
-    usual = products.SCRATCH_BYTES
-    for mib in (16, 64, 128):
-        products.SCRATCH_BYTES = mib << 20
-        print(f"    {milliseconds(whole, 3):8.2f} ms  with {mib} MiB of scratch")
-    products.SCRATCH_BYTES = usual
 
 
 def main() -> None:
-    for tokens, vocab in ROWS:
-        rows(tokens, vocab)
-        torch.cuda.empty_cache()
-    for vocab in (32000, 128256):
-        linear(vocab)
+    cases: list[tuple[Callable[..., None], tuple[int, ...]]] = [(rows, sizes) for sizes in ROWS]
+    for vocab, chunk in ((32000, 8192), (128256, 2048)):
+        cases += [(weight_gradient, (vocab, chunk)), (linear, (vocab,))]
+    for case, sizes in cases:
+        try:
+            case(*sizes)
+        except Exception as error:
+            print(f"    failed: {case.__name__}{sizes}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
         torch.cuda.empty_cache()
 
 

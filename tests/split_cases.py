@@ -38,12 +38,18 @@ def check_split(device: str) -> None:
             assert (error <= bound * 1.001)[expected.isfinite()].all()
             finite = expected.isfinite()
             assert (got == expected)[finite].float().mean() > 0.97, "mostly the same bits as float32"
-    # Rounding to nearest even, exactly: a tie, just above it, and a carry into the exponent.
-    for value, wanted in ((1 + 2.0**-8, 1.0), (1 + 2.0**-8 + 2.0**-15, 1 + 2.0**-7), (2 - 2.0**-9, 2.0)):
+    # Rounding to nearest, exactly: a tie (away from zero; even where a factor is applied), just beside it, and a carry
+    # into the exponent.
+    tie, above = 1 + 2.0**-8, 1 + 2.0**-7
+    for value, f, wanted in (
+        (tie, 1, above), (-tie, 1, -above), (tie, 2, 2.0), (tie + 2.0**-15, 1, above), (tie - 2.0**-15, 1, 1.0),
+        (2 - 2.0**-9, 1, 2.0), (float("nan"), 1, None), (float("-inf"), 1, float("-inf")),
+    ):  # fmt: skip
         high, low = torch.empty(1, dtype=torch.int16, device=device), torch.empty(1, dtype=torch.uint8, device=device)
         add_split(high, low, torch.tensor([value], device=device), True)
-        finish_split(high, low, torch.ones((), device=device))
-        assert high.view(torch.bfloat16).item() == wanted, value
+        finish_split(high, low, torch.full((), float(f), device=device))
+        result = high.view(torch.bfloat16).item()
+        assert result == wanted or (wanted is None and result != result), (value, result)
 
 
 def check_weight_sum(device: str, low_bits: int, chunks: int) -> None:

@@ -205,3 +205,64 @@ def test_cuda_graph() -> None:
     hidden.copy_(torch.randn_like(hidden))
     graph.replay()
     assert torch.equal(loss, seqpar_attn.linear_cross_entropy(hidden, weight, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "columns, width", [(8192 * 4, 8192 * 4), (8192 * 3 + 8, 8192 * 4), (16389, 16400), (20001, 20001)]
+)
+def test_rows_that_are_read_once(columns: int, width: int, dtype: torch.dtype) -> None:
+    """Labels at the edges of parts, ignored rows of NaN, rows that are not aligned, and nothing written beyond."""
+    from seqpar_attn.loss.triton import TritonRows
+    from seqpar_attn.loss.triton.resident import choose, launch_resident, serves
+
+    options = Options(columns, **EVERYTHING)
+    logits = torch.randn(300, width, device="cuda").to(dtype)[:, :columns]
+    part = choose(columns, dtype.itemsize).columns(dtype.itemsize)
+    labels = torch.randint(columns, (300,), device="cuda", dtype=torch.int32)
+    labels[:6] = torch.tensor([0, part - 1, part, columns - 1, 2 * part, -1], dtype=torch.int32)
+    weight = torch.rand(300, device="cuda")
+    weight[7::5] = 0
+    clean = logits.clone()
+    logits[7::5] = float("nan")
+    assert serves(logits)
+    for smoothing in (True, False):
+        options = Options(columns, **(EVERYTHING if smoothing else {}))
+        truth = torch.empty(300, columns, device="cuda", dtype=torch.float64)
+        expected = ReferenceRows().both(clean.double(), labels, weight.double(), options, truth)
+        whole = torch.full((300, width + 8), float("nan"), device="cuda", dtype=dtype)
+        statistics = torch.full((4, 300), float("nan"), device="cuda")
+        launch_resident(logits, labels, weight, statistics, whole[:, :columns], options)
+        assert whole[:, columns:].isnan().all()
+        assert ((statistics - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-4
+        assert (whole[:, :columns] - truth).abs().max() < (2.0**-8 if dtype == torch.bfloat16 else 1e-5)
+        over = logits.clone(memory_format=torch.preserve_format)
+        again = TritonRows().both(over, labels, weight, options, over)
+        assert torch.equal(again, statistics) and torch.equal(over, whole[:, :columns])
+
+
+@pytest.mark.parametrize(
+    "vocab, width, tokens", [(700, 512, 130), (128, 256, 64), (1003, 1040, 8), (5, 16, 1), (9000, 768, 4096)]
+)
+def test_weight_gradient_in_one_kernel(vocab: int, width: int, tokens: int) -> None:
+    """On Hopper: sizes that no tile divides, NaN where nothing may be read, chunk by chunk."""
+    from seqpar_attn.loss.triton import add_product
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper only")
+    high = torch.full((vocab + 1, width), 0x7FFF, dtype=torch.int16, device="cuda")
+    low = torch.full((vocab + 1, width), 99, dtype=torch.uint8, device="cuda")
+    truth = torch.zeros(vocab, width, dtype=torch.float64, device="cuda")
+    for chunk in range(3):
+        dlogits = torch.full((tokens + 1, -(-vocab // 16) * 16 + 16), float("nan"), device="cuda").bfloat16()
+        dlogits[:tokens, :vocab] = torch.randn(tokens, vocab, device="cuda")
+        hidden = torch.full((tokens + 1, width), float("nan"), device="cuda").bfloat16()
+        hidden[:tokens] = torch.randn(tokens, width, device="cuda")
+        a, b = dlogits[:tokens, :vocab], hidden[:tokens]
+        truth += a.double().t() @ b.double()
+        assert add_product(high[:vocab], low[:vocab], a, b, chunk == 0)
+        bits = (high[:vocab].int() << 16) + (low[:vocab].view(torch.int8).int() << 8)
+        assert (bits.view(torch.float32) - truth).norm() < (chunk + 1) * 1e-5 * truth.norm()
+    assert (high[vocab] == 0x7FFF).all() and (low[vocab] == 99).all()
+    # What the copy engine cannot read.
+    assert not add_product(high[:vocab], low[:vocab], dlogits[:tokens, 1 : vocab + 1], b, False)

@@ -52,8 +52,8 @@ def test_rows(tmp_path: Path, dtype: str, vocab: int, options: dict[str, bool], 
     block = rows.choose(vocab, 4 if dtype == "fp32" else 2)
     pointers = {"logits": f"*{dtype}", "grad": f"*{dtype}", "target": "*i32", "weight": "*fp32", "statistics": "*fp32"}
     code = inspect(
-        tmp_path, rows.rows_kernel, arch, pointers, block.num_warps,
-        READ=True, WRITE=True, LANES=block.lanes, VECTOR=block.vector, **options,
+        tmp_path, rows.gradient_kernel, arch, pointers, block.num_warps,
+        LANES=block.lanes, VECTOR=block.vector, **options,
     )  # fmt: skip
     assert re.search(r"LDG\.E\S*\.128", code) and re.search(r"STG\.E\S*\.128", code)
 
@@ -65,6 +65,10 @@ def test_small_kernels(tmp_path: Path, arch: int) -> None:
     assert len(re.findall(r"\bRED(?:G)?\.E\S*ADD|\bATOMG?\.E\S*ADD", code)) >= 2
     losses = {"statistics": "*fp32", "weight": "*fp32", "out": "*fp32"}
     inspect(tmp_path, tokens.losses_kernel, arch, losses, 4, BLOCK=tokens.BLOCK, SMOOTHING=True, Z_LOSS=True)
+    sum_of = losses | {"factor": "*fp32"}
+    inspect(tmp_path, tokens.loss_kernel, arch, sum_of, 16, BLOCK=tokens.LOSS_BLOCK, SMOOTHING=True, Z_LOSS=True)
+    weights = {"live": "*fp32", "counts": "*i64", "factor": "*fp32", "weight": "*fp32"}
+    inspect(tmp_path, tokens.weights_kernel, arch, weights, 4, BLOCK=tokens.BLOCK)
     inspect(tmp_path, rows.scale_kernel, arch, {"x": "*bf16", "factor": "*fp32"}, 4, BLOCK=rows.SCALE_BLOCK)
     sums = {"high": "*i16", "low": "*u8", "addend": "*fp32", "factor": "*fp32"}
     inspect(tmp_path, split.add_split_kernel, arch, sums, 8, FIRST=False, LOW_BITS=8, BLOCK=split.BLOCK)

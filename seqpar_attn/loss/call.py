@@ -101,14 +101,18 @@ class Setup:
     """See :class:`seqpar_attn.loss.reference.Labels`."""
     factor: Tensor
     """One number: what the sum of the losses is multiplied by."""
+    weight: Tensor
+    """``live * factor``."""
     verdict: Verdict
 
     def scaled(self, upstream: Tensor) -> Tensor:
         """Per-token weights ``live * upstream``, 0 for ignored tokens even where ``upstream`` is not finite."""
         return torch.where(self.live == 0, 0.0, self.live * upstream)
 
-    def reduce(self, losses: Tensor) -> Tensor:
-        return losses if self.reduction == "none" else losses.sum() * self.factor
+    def loss(self, statistics: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return self.rows.losses(statistics, self.live, self.options)
+        return self.rows.loss(statistics, self.live, self.options, self.factor)
 
 
 def prepare(
@@ -171,9 +175,9 @@ def prepare(
         dist.all_reduce(known.counts, group=peers.group)
     if reduction == "mean":
         times = peers.world_size if peers is not None and grad_reduction == "mean" else 1
-        factor = times / known.counts[0].clamp(min=1).to(wide)  # without tokens every weight is 0
+        factor, weight = chosen.weights(known.live, known.counts, times)
     else:
-        factor = torch.ones((), dtype=wide, device=x.device)
+        factor, weight = torch.ones((), dtype=wide, device=x.device), known.live
     return Setup(
         options=made,
         reduction=reduction,
@@ -182,6 +186,7 @@ def prepare(
         target=known.target,
         live=known.live,
         factor=factor,
+        weight=weight,
         verdict=Verdict(known.counts if check_labels else None, flat, made),
     )
 

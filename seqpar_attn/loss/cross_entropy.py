@@ -22,20 +22,19 @@ class _CrossEntropy(torch.autograd.Function):
         rows, options = setup.rows, setup.options
         # Not float16: gradients of a mean vanish in it unless the caller's loss scale, known in backward, is in them.
         ahead = needed and inplace and setup.reduction != "none" and logits.dtype != torch.float16
-        weight = setup.live * setup.factor
         if ahead and setup.slice.group is None:
-            statistics = rows.both(logits, setup.target, weight, options, logits)
+            statistics = rows.both(logits, setup.target, setup.weight, options, logits)
         else:
             statistics = setup.slice.merge(rows.statistics(logits, setup.target, setup.live, options))
             if ahead:
-                rows.gradient(logits, setup.target, weight, statistics, options, logits)
+                rows.gradient(logits, setup.target, setup.weight, statistics, options, logits)
         if ahead:
             # Whoever saved these logits for a backward of its own hears of it there.
             torch.autograd.graph.increment_version(logits)
         ctx.ahead, ctx.setup, ctx.inplace, ctx.spent = ahead, setup, inplace, False
         if needed:
             ctx.save_for_backward(logits, statistics)
-        return setup.reduce(rows.losses(statistics, setup.live, options))
+        return setup.loss(statistics)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,7 +53,9 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], setup: Setup):
         wide = accumulator_dtype(hidden.dtype)
         self.setup, self.hidden_dtype, self.tensor = setup, hidden.dtype, weight
-        self.dhidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs[0] else None
+        self.dhidden = hidden.new_empty(hidden.shape, dtype=wide) if needs[0] else None
+        if self.dhidden is not None and not weight.shape[0]:
+            self.dhidden.zero_()  # without words nobody writes it
         split = setup.rows.name == "triton" and weight.dtype == torch.bfloat16
         self.dweight = WeightSum(weight, split) if needs[1] else None
         self.dbias = bias.new_zeros(bias.shape, dtype=wide) if needs[2] and bias is not None else None
@@ -69,7 +71,8 @@ class _Gradients:
     def finish(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dhidden = None
         if self.dhidden is not None:
-            dhidden = self.setup.slice.sum_(self.dhidden).mul_(factor).to(self.hidden_dtype)
+            dhidden = torch.empty_like(self.dhidden, dtype=self.hidden_dtype)
+            torch.mul(self.setup.slice.sum_(self.dhidden), factor, out=dhidden)  # rounds, and reads, once
             self.dhidden = None
         dweight = self.dweight.finish(factor) if self.dweight is not None else None
         dbias = (self.dbias * factor).to(self.hidden_dtype) if self.dbias is not None else None
@@ -96,8 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_bytes: int,
     ) -> Tensor:
         rows, options, live = setup.rows, setup.options, setup.live
-        # The factor without its power of two, which would round nothing and could make float16 vanish.
-        weight_of = live * torch.frexp(setup.factor).mantissa
+        weight_of, ctx.later = setup.weight, torch.ones_like(setup.factor)
+        if hidden.dtype == torch.float16:  # where the factor's power of two, which rounds nothing, could make it vanish
+            mantissa, exponent = torch.frexp(setup.factor)
+            weight_of, ctx.later = live * mantissa, torch.ldexp(ctx.later, exponent)
         ahead = any(needs) and setup.reduction != "none"
         gradients = _Gradients(hidden, weight, bias, needs, setup) if ahead else None
         statistics = live.new_empty(4, hidden.shape[0])
@@ -117,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif any(needs):
             ctx.save_for_backward(hidden, weight, bias, statistics)
         ctx.setup, ctx.needs, ctx.logits_bytes, ctx.gradients = setup, needs, logits_bytes, gradients
-        return setup.reduce(rows.losses(statistics, live, options))
+        return setup.loss(statistics)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,8 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         "expected one backward pass: linear_cross_entropy has given its gradients away "
                         "(they are computed in forward, while the logits are there)"
                     )
-                power = torch.ldexp(torch.ones_like(dloss), torch.frexp(setup.factor).exponent)
-                return (*gradients.finish(dloss * power), None, None, None)
+                return (*gradients.finish(dloss * ctx.later), None, None, None)
             hidden, weight, bias, statistics = ctx.saved_tensors
             weights = setup.scaled(dloss)
             gradients = _Gradients(hidden, weight, bias, ctx.needs, setup)

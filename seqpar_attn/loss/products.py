@@ -55,6 +55,11 @@ class WeightSum:
             else:
                 torch.addmm(self._sum, dlogits.t(), hidden, out=self._sum)
             return
+        if self._low is not None:
+            from .triton import add_product
+
+            if add_product(self._sum.view(torch.int16), self._low, dlogits, hidden, first):
+                return
         vocab, width = self.shape
         rows = max(128, SCRATCH_BYTES // (4 * max(width, 1)) // 128 * 128)
         if self._scratch is None:

@@ -73,6 +73,15 @@ class ReferenceRows:
         """Per-token losses ``[tokens]`` times ``weight``; 0 where that is 0."""
         return losses(statistics, weight, options)
 
+    def weights(self, live: Tensor, counts: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        """The factor of a mean over ``counts[0]`` tokens, times ``times``, and what it makes of each token's weight."""
+        factor = times / counts[0].clamp(min=1).to(live.dtype)  # without tokens every weight is 0
+        return factor, live * factor
+
+    def loss(self, statistics: Tensor, weight: Tensor, options: Options, factor: Tensor) -> Tensor:
+        """The sum of :meth:`losses`, times ``factor``."""
+        return losses(statistics, weight, options).sum() * factor
+
     def statistics(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options) -> Tensor:
         """Statistics ``[4, tokens]`` of the rows ``logits: [tokens, columns]``.
 

@@ -6,6 +6,7 @@ Importing this package never imports Triton; the kernels are compiled on first u
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from types import SimpleNamespace
 from typing import Any
@@ -21,17 +22,36 @@ Tensor = torch.Tensor
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _gluon(name: str) -> Any:
+    """A module in Gluon, Triton's language below Triton; None where that lacks what it needs, and under the
+    interpreter, which has none (and runs one program at a time, while those of ``resident`` wait for each other)."""
+    if interpreted():
+        return None
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except (ImportError, AttributeError):
+        return None
+
+
 @functools.cache
 def _launchers() -> Any:
     from . import rows, split, tokens
 
+    resident, weight_gradient = _gluon("resident"), _gluon("weight_gradient")
     return SimpleNamespace(
-        rows=rows.launch_rows,
+        statistics=rows.launch_statistics,
+        gradient=rows.launch_gradient,
+        both=resident.launch_resident if resident else None,
+        holds_rows=resident.serves if resident else lambda logits: False,
         scale=rows.launch_scale,
         labels=tokens.launch_labels,
+        weights=tokens.launch_weights,
         losses=tokens.launch_losses,
+        loss=tokens.launch_loss,
         add=split.launch_add,
         finish=split.launch_finish,
+        product=weight_gradient.launch_weight_gradient if weight_gradient else None,
+        multiplies=weight_gradient.serves if weight_gradient else lambda *tensors: False,
     )
 
 
@@ -64,6 +84,14 @@ class TritonRows:
                 *_launchers().labels(labels.contiguous(), options.ignore_index, options.vocab_size, start, columns)
             )
 
+    def weights(self, live: Tensor, counts: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        with on_device_of(live):
+            return _launchers().weights(live, counts, times)
+
+    def loss(self, statistics: Tensor, weight: Tensor, options: Options, factor: Tensor) -> Tensor:
+        with on_device_of(weight):
+            return _launchers().loss(statistics.contiguous(), weight.contiguous(), options, factor)
+
     def losses(self, statistics: Tensor, weight: Tensor, options: Options) -> Tensor:
         with on_device_of(weight):
             return _launchers().losses(statistics.contiguous(), weight.contiguous(), options)
@@ -72,20 +100,27 @@ class TritonRows:
         if not logits.shape[1]:
             return no_statistics(weight)
         statistics = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
-        self._rows(logits, target, weight, statistics, None, options, True)
+        if logits.numel():
+            with on_device_of(logits):
+                _launchers().statistics(logits, target, weight.contiguous(), statistics, options)
         return statistics
 
     def gradient(
         self, logits: Tensor, target: Tensor, weight: Tensor, statistics: Tensor, options: Options, out: Tensor
     ) -> None:
         if logits.numel():
-            self._rows(logits, target, weight, statistics.contiguous(), out, options, False)
+            with on_device_of(logits):
+                _launchers().gradient(logits, target, weight.contiguous(), statistics.contiguous(), out, options)
 
     def both(self, logits: Tensor, target: Tensor, weight: Tensor, options: Options, out: Tensor) -> Tensor:
-        if not logits.shape[1]:
-            return no_statistics(weight)
+        launchers = _launchers()
+        if not logits.numel() or not launchers.holds_rows(logits):
+            statistics = self.statistics(logits, target, weight, options)
+            self.gradient(logits, target, weight, statistics, options, out)
+            return statistics
         statistics = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
-        self._rows(logits, target, weight, statistics, out, options, True)
+        with on_device_of(logits):
+            launchers.both(logits, target, weight.contiguous(), statistics, out, options)
         return statistics
 
     def scale(self, x: Tensor, factor: Tensor) -> None:
@@ -93,26 +128,21 @@ class TritonRows:
             with on_device_of(x):
                 _launchers().scale(x, factor)
 
-    @staticmethod
-    def _rows(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        statistics: Tensor,
-        out: Tensor | None,
-        options: Options,
-        read: bool,
-    ) -> None:
-        if logits.numel():
-            with on_device_of(logits):
-                _launchers().rows(logits, target, weight.contiguous(), statistics, out, options, read)
-
 
 def add_split(high: Tensor, low: Tensor, addend: Tensor, first: bool) -> None:
     """See :mod:`seqpar_attn.loss.triton.split`."""
     if high.numel():
         with on_device_of(high):
             _launchers().add(high, low, addend, first)
+
+
+def add_product(high: Tensor, low: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> bool:
+    """``add_split`` of ``dlogits.T @ hidden``, if one kernel can do both here; else nothing is done: False."""
+    if architecture(high.device) != 90 or not _launchers().multiplies(dlogits, hidden, low):
+        return False
+    with on_device_of(high):
+        _launchers().product(dlogits, hidden, high, low, first)
+    return True
 
 
 def finish_split(high: Tensor, low: Tensor, factor: Tensor) -> None:

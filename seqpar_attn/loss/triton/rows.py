@@ -1,8 +1,7 @@
-"""Statistics and gradients of rows of logits; one program per row.
+"""Statistics of rows of logits, and their gradients from statistics; one program per row.
 
-The kernel that does both reads a row forwards for the statistics and backwards for the gradient: what it read last is
-what the L2 still has, so memory is read once. Lanes keep running maxima of their own, which costs no barrier until the
-row ends, and rescale once per vector of 16 bytes rather than once per element.
+For both at once there is :mod:`.resident`. Lanes keep running maxima of their own, which costs no barrier until the row
+ends, and rescale once per vector of 16 bytes rather than once per element.
 """
 
 from __future__ import annotations
@@ -27,21 +26,20 @@ class Block:
 
 
 def choose(columns: int, itemsize: int) -> Block:
-    """Not measured: enough bytes in flight per program, and for long rows few programs at a time, so that the rows
-    being worked on fit the L2 (132 rows of 256 KiB in 50 MiB)."""
+    """Not measured: more bytes in flight per program for longer rows."""
     bytes_per_row = columns * itemsize
     warps = 4 if bytes_per_row <= 16 << 10 else 8 if bytes_per_row <= 128 << 10 else 16
     return Block(lanes=64 * warps, vector=16 // itemsize, num_warps=warps)
 
 
 @triton.jit
-def _offsets(start, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def offsets_of(start, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """[LANES, VECTOR] columns of one block; a thread's 16 bytes are one row of it."""
     return start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
-def _capped(x, softcap, cap_inverse, SOFTCAP: tl.constexpr):
+def capped(x, softcap, cap_inverse, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         return softcap * tanh(x * cap_inverse)
     else:
@@ -51,17 +49,16 @@ def _capped(x, softcap, cap_inverse, SOFTCAP: tl.constexpr):
 @triton.jit
 def _observe(
     peak, total, drift, logits, start, columns, first, softcap, cap_inverse,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, POLICY: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One block more in the running maximum, sum of exponentials and sum of differences to ``first``, per lane."""
-    offsets = _offsets(start, LANES, VECTOR)
+    offsets = offsets_of(start, LANES, VECTOR)
     # logits: [LANES, VECTOR]
     if MASKED:
-        x = tl.load(logits + offsets, mask=offsets < columns, other=float("-inf"), eviction_policy=POLICY)
+        x = tl.load(logits + offsets, mask=offsets < columns, other=float("-inf"), eviction_policy="evict_first")
     else:
-        x = tl.load(logits + offsets, eviction_policy=POLICY)
-    z = _capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
+        x = tl.load(logits + offsets, eviction_policy="evict_first")
+    z = capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
     if MASKED:  # after the cap, which would make -inf finite
         z = tl.where(offsets < columns, z, float("-inf"))
     new = tl.maximum(peak, tl.max(z, 1))
@@ -81,13 +78,13 @@ def _differentiate(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block; ``grad`` may be ``logits``."""
-    offsets = _offsets(start, LANES, VECTOR)
+    offsets = offsets_of(start, LANES, VECTOR)
     # logits: [LANES, VECTOR]
     if MASKED:
         x = tl.load(logits + offsets, mask=offsets < columns, other=float("-inf"), eviction_policy="evict_first")
     else:
         x = tl.load(logits + offsets, eviction_policy="evict_first")
-    z = _capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
+    z = capped(x.to(tl.float32), softcap, cap_inverse, SOFTCAP)
     p = tl.exp2((z - base) * LOG2E) * inverse
     dz = p - uniform - tl.where(offsets == target, hit, 0.0)
     if Z_LOSS:  # apart, as p may all but cancel with what was subtracted
@@ -104,103 +101,118 @@ def _differentiate(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def rows_kernel(
-    logits, target, weight, statistics, grad, stride_row, stride_grad, tokens, columns,
-    softcap, cap_inverse, uniform, hit, z_loss,
-    READ: tl.constexpr, WRITE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+def statistics_kernel(
+    logits, target, weight, statistics, stride_row, tokens, columns, softcap, cap_inverse,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Find the statistics (READ), else load them; then write the gradient (WRITE)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride_row
     statistics += row
+    many = tokens.to(tl.int64)
     BLOCK: tl.constexpr = LANES * VECTOR
-    whole = columns // BLOCK * BLOCK
-    row_weight = tl.load(weight + row)
-    if row_weight == 0:
-        if READ:
-            tl.store(statistics, 0.0)
-            tl.store(statistics + tokens.to(tl.int64), 1.0)
-            tl.store(statistics + tokens.to(tl.int64) * 2, 0.0)
-            tl.store(statistics + tokens.to(tl.int64) * 3, 0.0)
-        if WRITE:
-            zeros = tl.zeros([LANES, VECTOR], tl.float32).to(grad.dtype.element_ty)
-            for start in tl.range(0, columns, BLOCK):
-                offsets = _offsets(start, LANES, VECTOR)
-                tl.store(grad + row * stride_grad + offsets, zeros, mask=offsets < columns)
+    if tl.load(weight + row) == 0:
+        tl.store(statistics, 0.0)
+        tl.store(statistics + many, 1.0)
+        tl.store(statistics + many * 2, 0.0)
+        tl.store(statistics + many * 3, 0.0)
     else:
         label = tl.load(target + row)
-        if READ:
-            # Before anything is written: the gradient may take the place of the logits.
-            chosen = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
-            chosen = tl.where(label >= 0, _capped(chosen, softcap, cap_inverse, SOFTCAP), 0.0)
-            first = 0.0
-            if SMOOTHING:
-                # Sums of differences to any element of the row do not cancel as sums of the elements would.
-                first = _capped(tl.load(logits).to(tl.float32), softcap, cap_inverse, SOFTCAP)
-                first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
-            POLICY: tl.constexpr = "evict_last" if WRITE else "evict_first"
-            peaks = tl.full([LANES], float("-inf"), tl.float32)
-            totals = tl.zeros([LANES], tl.float32)
-            drifts = tl.zeros([LANES], tl.float32)
-            for start in tl.range(0, whole, BLOCK):
-                peaks, totals, drifts = _observe(
-                    peaks, totals, drifts, logits, start, columns, first, softcap, cap_inverse,
-                    False, SOFTCAP, SMOOTHING, POLICY, LANES, VECTOR,
-                )  # fmt: skip
-            if whole < columns:
-                peaks, totals, drifts = _observe(
-                    peaks, totals, drifts, logits, whole, columns, first, softcap, cap_inverse,
-                    True, SOFTCAP, SMOOTHING, POLICY, LANES, VECTOR,
-                )  # fmt: skip
-            peak = tl.max(peaks, 0)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            total = tl.sum(totals * tl.exp2((peaks - base) * LOG2E), 0)
-            drift = 0.0
-            if SMOOTHING:
-                drift = tl.sum(drifts, 0) + columns * (first - base)
-            tl.store(statistics, peak)
-            tl.store(statistics + tokens.to(tl.int64), total)
-            tl.store(statistics + tokens.to(tl.int64) * 2, chosen)
-            tl.store(statistics + tokens.to(tl.int64) * 3, drift)
-        else:
-            peak = tl.load(statistics)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            total = tl.load(statistics + tokens.to(tl.int64))
-        if WRITE:
-            grad += row * stride_grad
-            inverse = 1.0 / total
-            steep = 0.0
-            if Z_LOSS:
-                steep = 2.0 * z_loss * (peak + tl.log2(total) * LN2)
-            if whole < columns:
-                _differentiate(logits, grad, whole, columns, label, row_weight, base, inverse, steep, uniform,
-                               hit, softcap, cap_inverse, True, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
-            for back in tl.range(0, whole, BLOCK):
-                _differentiate(logits, grad, whole - BLOCK - back, columns, label, row_weight, base, inverse, steep,
-                               uniform, hit, softcap, cap_inverse, False, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
+        chosen = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
+        chosen = tl.where(label >= 0, capped(chosen, softcap, cap_inverse, SOFTCAP), 0.0)
+        first = 0.0
+        if SMOOTHING:
+            # Sums of differences to any element of the row do not cancel as sums of the elements would.
+            first = capped(tl.load(logits).to(tl.float32), softcap, cap_inverse, SOFTCAP)
+            first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+        peaks = tl.full([LANES], float("-inf"), tl.float32)
+        totals = tl.zeros([LANES], tl.float32)
+        drifts = tl.zeros([LANES], tl.float32)
+        whole = columns // BLOCK * BLOCK
+        for start in tl.range(0, whole, BLOCK):
+            peaks, totals, drifts = _observe(
+                peaks, totals, drifts, logits, start, columns, first, softcap, cap_inverse,
+                False, SOFTCAP, SMOOTHING, LANES, VECTOR,
+            )  # fmt: skip
+        if whole < columns:
+            peaks, totals, drifts = _observe(
+                peaks, totals, drifts, logits, whole, columns, first, softcap, cap_inverse,
+                True, SOFTCAP, SMOOTHING, LANES, VECTOR,
+            )  # fmt: skip
+        peak = tl.max(peaks, 0)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        drift = 0.0
+        if SMOOTHING:
+            drift = tl.sum(drifts, 0) + columns * (first - base)
+        tl.store(statistics, peak)
+        tl.store(statistics + many, tl.sum(totals * tl.exp2((peaks - base) * LOG2E), 0))
+        tl.store(statistics + many * 2, chosen)
+        tl.store(statistics + many * 3, drift)
 
 
-def launch_rows(
+@triton.jit(do_not_specialize=["tokens"])
+def gradient_kernel(
+    logits, target, weight, statistics, grad, stride_row, stride_grad, tokens, columns,
+    softcap, cap_inverse, uniform, hit, z_loss,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride_row
+    grad += row * stride_grad
+    BLOCK: tl.constexpr = LANES * VECTOR
+    row_weight = tl.load(weight + row)
+    if row_weight == 0:
+        zeros = tl.zeros([LANES, VECTOR], tl.float32).to(grad.dtype.element_ty)
+        for start in tl.range(0, columns, BLOCK):
+            offsets = offsets_of(start, LANES, VECTOR)
+            tl.store(grad + offsets, zeros, mask=offsets < columns)
+    else:
+        label = tl.load(target + row)
+        peak = tl.load(statistics + row)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.load(statistics + tokens.to(tl.int64) + row)
+        inverse = 1.0 / total
+        steep = 0.0
+        if Z_LOSS:
+            steep = 2.0 * z_loss * (peak + tl.log2(total) * LN2)
+        whole = columns // BLOCK * BLOCK
+        for start in tl.range(0, whole, BLOCK):
+            _differentiate(logits, grad, start, columns, label, row_weight, base, inverse, steep, uniform, hit,
+                           softcap, cap_inverse, False, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
+        if whole < columns:
+            _differentiate(logits, grad, whole, columns, label, row_weight, base, inverse, steep, uniform, hit,
+                           softcap, cap_inverse, True, SOFTCAP, Z_LOSS, LANES, VECTOR)  # fmt: skip
+
+
+def launch_statistics(
+    logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, statistics: torch.Tensor, options: Options
+) -> None:
+    tokens, columns = logits.shape
+    block, cap = choose(columns, logits.element_size()), options.softcap
+    assert logits.stride(1) == 1 and statistics.stride() == (tokens, 1)
+    statistics_kernel[(tokens,)](
+        logits, target, weight, statistics, logits.stride(0), tokens, columns, cap or 1.0, 1.0 / (cap or 1.0),
+        SOFTCAP=cap is not None, SMOOTHING=options.label_smoothing > 0, LANES=block.lanes, VECTOR=block.vector,
+        num_warps=block.num_warps,
+    )  # fmt: skip
+
+
+def launch_gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor,
     statistics: torch.Tensor,
-    out: torch.Tensor | None,
+    out: torch.Tensor,
     options: Options,
-    read: bool,
-    block: Block | None = None,
 ) -> None:
+    """``out`` may be ``logits``."""
     tokens, columns = logits.shape
-    block = block or choose(columns, logits.element_size())
-    cap = options.softcap
-    grad = logits if out is None else out
-    assert logits.stride(1) == 1 and grad.stride(1) == 1 and statistics.stride() == (tokens, 1)
-    rows_kernel[(tokens,)](
-        logits, target, weight, statistics, grad, logits.stride(0), grad.stride(0), tokens, columns,
+    block, cap = choose(columns, logits.element_size()), options.softcap
+    assert logits.stride(1) == 1 and out.stride(1) == 1 and statistics.stride() == (tokens, 1)
+    gradient_kernel[(tokens,)](
+        logits, target, weight, statistics, out, logits.stride(0), out.stride(0), tokens, columns,
         cap or 1.0, 1.0 / (cap or 1.0), options.uniform, 1.0 - options.label_smoothing, options.z_loss,
-        READ=read, WRITE=out is not None, SOFTCAP=cap is not None, SMOOTHING=options.label_smoothing > 0,
-        Z_LOSS=options.z_loss > 0, LANES=block.lanes, VECTOR=block.vector, num_warps=block.num_warps,
+        SOFTCAP=cap is not None, Z_LOSS=options.z_loss > 0, LANES=block.lanes, VECTOR=block.vector,
+        num_warps=block.num_warps,
     )  # fmt: skip
 
 

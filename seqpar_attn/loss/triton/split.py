@@ -2,7 +2,8 @@
 
 bfloat16 is the upper half of float32. So a gradient that will be bfloat16 can be summed in its own memory, with the
 bits that it lacks beside it: no float32 copy of a weight's gradient exists when the sum is rounded. ``LOW_BITS`` is 16
-(all of float32) or 8 (significands of 16 bits, rounded to nearest at each addition).
+(all of float32) or 8 (significands of 16 bits, rounded to nearest at each addition). The low half is signed: the high
+one is the sum rounded to nearest, ties away from zero, and needs no further pass unless a factor is to be applied.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import triton.language as tl
 from ...kernels.triton.common import cdiv
 
 BLOCK = 4096
+FINISH_PROGRAMS = 2048
+"""As where logits are scaled: mostly they find that there is nothing to do."""
 
 
 @triton.jit
 def _join(high, low, LOW_BITS: tl.constexpr):
-    bits = (high.to(tl.int32) << 16) | ((low.to(tl.int32) & ((1 << LOW_BITS) - 1)) << (16 - LOW_BITS))
+    SIGN: tl.constexpr = 1 << (LOW_BITS - 1)
+    missing = ((low.to(tl.int32) & (2 * SIGN - 1)) ^ SIGN) - SIGN
+    bits = (high.to(tl.int32) << 16) + (missing << (16 - LOW_BITS))
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -27,9 +32,8 @@ def _rounded(x, DROPPED: tl.constexpr):
     """The bits of float32 ``x``, to nearest even at the bit ``DROPPED``; NaN stays NaN, with no low bits."""
     bits = x.to(tl.int32, bitcast=True)
     if DROPPED > 0:
-        rounded = bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
-        bits = tl.where(x == x, rounded, 0x7FC00000)
-    return bits
+        bits += ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
+    return tl.where(x == x, bits, 0x7FC00000)
 
 
 @triton.jit
@@ -45,20 +49,23 @@ def add_split_kernel(high, low, addend, count, FIRST: tl.constexpr, LOW_BITS: tl
         old_low = tl.load(low + index, mask=exists, other=0)
         total += _join(old_high, old_low, LOW_BITS)
     bits = _rounded(total, 16 - LOW_BITS)
-    tl.store(high + index, (bits >> 16).to(tl.int16), mask=exists)
+    tl.store(high + index, ((bits + 0x8000) >> 16).to(tl.int16), mask=exists)
     tl.store(low + index, (bits >> (16 - LOW_BITS)).to(low.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def finish_split_kernel(high, low, factor, count, LOW_BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """``high = bfloat16((high, low) * factor)``, rounded once."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = index < count
-    # high: [BLOCK] int16; low: [BLOCK] int16 or uint8
-    old_high = tl.load(high + index, mask=exists, other=0)
-    old_low = tl.load(low + index, mask=exists, other=0)
-    value = _join(old_high, old_low, LOW_BITS) * tl.load(factor)
-    tl.store(high + index, (_rounded(value, 16) >> 16).to(tl.int16), mask=exists)
+    """``high = bfloat16((high, low) * factor)``, rounded once; it is that already if ``factor`` is 1."""
+    f = tl.load(factor)
+    if f != 1.0:
+        for block in tl.range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            index = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            exists = index < count
+            # high: [BLOCK] int16; low: [BLOCK] int16 or uint8
+            old_high = tl.load(high + index, mask=exists, other=0)
+            old_low = tl.load(low + index, mask=exists, other=0)
+            value = _join(old_high, old_low, LOW_BITS) * f
+            tl.store(high + index, (_rounded(value, 16) >> 16).to(tl.int16), mask=exists)
 
 
 def _bits(high: torch.Tensor, low: torch.Tensor) -> int:
@@ -78,5 +85,5 @@ def launch_add(high: torch.Tensor, low: torch.Tensor, addend: torch.Tensor, firs
 def launch_finish(high: torch.Tensor, low: torch.Tensor, factor: torch.Tensor) -> None:
     """``factor``: one float32 number on the device."""
     count = high.numel()
-    grid = (cdiv(count, BLOCK),)
+    grid = (min(cdiv(count, BLOCK), FINISH_PROGRAMS),)
     finish_split_kernel[grid](high, low, factor, count, LOW_BITS=_bits(high, low), BLOCK=BLOCK, num_warps=8)

@@ -1,4 +1,4 @@
-"""What is done once per token beside its row of logits: one small kernel for labels, one for losses."""
+"""What is done once per token beside its row of logits: small kernels for labels, weights and losses."""
 
 from __future__ import annotations
 
@@ -45,14 +45,34 @@ def launch_labels(
     return target, live, counts
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def losses_kernel(
-    statistics, weight, out, tokens, keep, uniform, z_loss,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["tokens", "times"])
+def weights_kernel(live, counts, factor, weight, tokens, times, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < tokens
-    # statistics: [4, tokens]; weight, out: [tokens]
+    share = tl.div_rn(times, tl.maximum(tl.load(counts), 1).to(tl.float32))
+    if tl.program_id(0) == 0:
+        tl.store(factor, share)
+    # live, weight: [BLOCK]
+    tl.store(weight + index, tl.load(live + index, mask=exists, other=0.0) * share, mask=exists)
+
+
+def launch_weights(live: torch.Tensor, counts: torch.Tensor, times: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``live: [tokens]`` float32, ``counts: [2]`` int64."""
+    tokens = live.shape[0]
+    factor, weight = live.new_empty(()), torch.empty_like(live)
+    weights_kernel[(max(1, cdiv(tokens, BLOCK)),)](live, counts, factor, weight, tokens, float(times), BLOCK=BLOCK)
+    return factor, weight
+
+
+@triton.jit
+def _losses(
+    statistics, weight, start, tokens, keep, uniform, z_loss,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK tokens from ``start`` on, times ``weight``; 0 where there are none."""
+    index = start + tl.arange(0, BLOCK)
+    exists = index < tokens
+    # statistics: [4, tokens]; weight: [tokens]
     peak = tl.load(statistics + index, mask=exists, other=0.0)
     total = tl.load(statistics + tokens + index, mask=exists, other=1.0)
     chosen = tl.load(statistics + tokens * 2 + index, mask=exists, other=0.0)
@@ -64,7 +84,36 @@ def losses_kernel(
     if Z_LOSS:
         lse = peak + log_total
         loss += z_loss * lse * lse
-    tl.store(out + index, tl.where(w == 0, 0.0, loss * w), mask=exists)
+    return tl.where(w == 0, 0.0, loss * w)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def losses_kernel(
+    statistics, weight, out, tokens, keep, uniform, z_loss,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * BLOCK
+    loss = _losses(statistics, weight, start, tokens, keep, uniform, z_loss, SMOOTHING, Z_LOSS, BLOCK)
+    index = start + tl.arange(0, BLOCK)
+    tl.store(out + index, loss, mask=index < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def loss_kernel(
+    statistics, weight, factor, out, tokens, keep, uniform, z_loss,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Their sum, times ``factor``, by one program: there is little to read, and it is done before a second kernel
+    would have started."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, tokens, BLOCK):
+        sums += _losses(statistics, weight, start, tokens, keep, uniform, z_loss, SMOOTHING, Z_LOSS, BLOCK)
+    tl.store(out, tl.sum(sums, 0) * tl.load(factor))
+
+
+def _arguments(options: Options) -> tuple[tuple[float, float, float], dict[str, bool]]:
+    numbers = (1.0 - options.label_smoothing, options.uniform, options.z_loss)
+    return numbers, {"SMOOTHING": options.label_smoothing > 0, "Z_LOSS": options.z_loss > 0}
 
 
 def launch_losses(statistics: torch.Tensor, weight: torch.Tensor, options: Options) -> torch.Tensor:
@@ -72,8 +121,19 @@ def launch_losses(statistics: torch.Tensor, weight: torch.Tensor, options: Optio
     tokens = weight.shape[0]
     out = torch.empty_like(weight)
     if tokens:
-        losses_kernel[(cdiv(tokens, BLOCK),)](
-            statistics, weight, out, tokens, 1.0 - options.label_smoothing, options.uniform, options.z_loss,
-            SMOOTHING=options.label_smoothing > 0, Z_LOSS=options.z_loss > 0, BLOCK=BLOCK,
-        )  # fmt: skip
+        numbers, constants = _arguments(options)
+        losses_kernel[(cdiv(tokens, BLOCK),)](statistics, weight, out, tokens, *numbers, **constants, BLOCK=BLOCK)
+    return out
+
+
+LOSS_BLOCK = 4096
+
+
+def launch_loss(statistics: torch.Tensor, weight: torch.Tensor, options: Options, factor: torch.Tensor) -> torch.Tensor:
+    """``factor``: one float32 number on the device."""
+    out = weight.new_empty(())
+    numbers, constants = _arguments(options)
+    loss_kernel[(1,)](
+        statistics, weight, factor, out, weight.shape[0], *numbers, **constants, BLOCK=LOSS_BLOCK, num_warps=16
+    )
     return out
