@@ -8,10 +8,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import ulysses_cases
 from attention_cases import METHODS, make_inputs, other_bits
+from ulysses_cases import Grid
 
 import seqpar_attn
-from seqpar_attn.comm import CommunicationError, communicator, set_transport, transport
+from seqpar_attn.comm import CommunicationError, communicator, group_name, set_transport, transport
 from seqpar_attn.testing.distributed import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +54,36 @@ SHAPES = {
 @pytest.mark.parametrize("mask", ["causal", "full", "packed", "packed-full", "window", "softcap"])
 def test_same_bits_as_virtual_ranks(pool, mask, shape):
     assert pool.run(many, mask, SHAPES[shape], METHODS) == pool.world_size * [([], "symmetric")]
+
+
+def heads(rank, world_size, mask, shape, grids):
+    take_gpu(rank)
+    torch.manual_seed(0)
+    x = make_inputs(world_size * 512, mask, device="cuda", **shape)
+    differ, staged = [], []
+    for grid in grids:
+        grid.set_transport("symmetric", "cuda")
+        group = None if grid.rows == 1 else grid.mesh("cuda")["ulysses"]
+        comm = communicator(group_name(group), x.q.device)
+        exchange = comm.base.exchange
+        comm.base.exchange = lambda *args, exchange=exchange, **more: (staged.append(1), exchange(*args, **more))[1]
+        differ += ulysses_cases.other_bits(x, [grid], rank)
+        comm.base.exchange = exchange
+    set_transport(None, "symmetric")
+    return differ, comm.name, len(staged)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "one key head"])
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+def test_heads_are_exchanged_with_the_bits_of_virtual_ranks(pool, mask, shape):
+    """Ulysses, and USP where there is a grid; key heads that go to several ranks; a batch, whose rows lie apart."""
+    ranks = pool.world_size
+    grids = [Grid(1, ranks, "contiguous"), Grid(1, ranks, "zigzag")]
+    if ranks >= 4 and ranks % 2 == 0:
+        grids.append(Grid(ranks // 2, 2, "zigzag"))
+    given = SHAPES.get(shape, {"dtype": torch.bfloat16, "headdim": 64, "nheads": 8, "nheads_kv": 1})
+    given = given | {"nheads": max(given["nheads"], ranks)}
+    assert pool.run(heads, mask, given, grids) == ranks * [([], "symmetric", 0)]
 
 
 def long_call(rank, world_size, tokens):

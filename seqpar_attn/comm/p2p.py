@@ -84,7 +84,8 @@ class P2P:
                 f"expected a group with a backend for {device.type} tensors, got {dist.get_backend(group)!r}"
             ) from cause
         self.staged = device.type == "cuda" and backend.name() == "gloo"
-        """Messages go through host memory, for which the host waits: gloo cannot send CUDA tensors peer to peer."""
+        """Messages go through host memory, for which the host waits, because gloo cannot send CUDA tensors peer to
+        peer: right for a few small ones (see :mod:`.transports`)."""
         self.timeout = timeout_of(backend)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
         self._coalesces = type(group) is dist.ProcessGroup and backend.supports_coalescing
