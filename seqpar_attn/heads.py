@@ -53,8 +53,9 @@ class _Parts:
             cut = Cutter(arena.reserve(bytes_of(whole)))
             self.tensors = [cut(*shape) for shape in whole]
 
-    def fill(self, part: Callable[[int, int, int], torch.Tensor]) -> None:
-        """``part(number, i, peer)``: what the local rank i has for ``peer`` of this tensor."""
+    def fill(self, part: Callable[[int, int, int], torch.Tensor], call: int | None) -> None:
+        """``part(number, i, peer)``: what the local rank i has for ``peer`` of this tensor. ``call``: in a backward
+        pass, the number of the forward call."""
         local = self.comm.local_ranks
         sends: list[list[Message]] = [[] for _ in local]
         receives: list[list[Message]] = [[] for _ in local]
@@ -72,7 +73,9 @@ class _Parts:
                     targets[i].append((peer, x[i, rank]))
         if not any(sends):
             return
-        more: dict[str, Any] = {} if self.arena is None else {"targets": targets, "where": "an exchange of heads"}
+        more: dict[str, Any] = {}
+        if self.arena is not None:
+            more = {"targets": targets, "where": "an exchange of heads", "call": call}
         self.comm.exchange(sends, receives, **more).wait()
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,10 +86,15 @@ class _Parts:
 
 
 def to_heads(
-    tensors: Sequence[tuple[torch.Tensor, int]], comm: Communicator, layout: Layout, rows: int
+    tensors: Sequence[tuple[torch.Tensor, int]],
+    comm: Communicator,
+    layout: Layout,
+    rows: int,
+    call: int | None = None,
 ) -> list[torch.Tensor]:
     """Pairs ``(x, copies)``, ``x: [b, tokens, nheads, d]``, to ``[local * b, rows * row length, slots, d]`` in one
-    exchange. ``layout`` says which tokens of a row a rank holds; the result is in the order of the sequence."""
+    exchange. ``layout`` says which tokens of a row a rank holds; the result is in the order of the sequence.
+    ``call``: in a backward pass, the number of the forward call."""
     local, world_size = len(comm.local_ranks), comm.world_size
     shards, shapes, all_slots = [], [], []
     for x, copies in tensors:
@@ -98,7 +106,7 @@ def to_heads(
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
-        parts.fill(lambda number, i, peer: _heads_of(shards[number][:, :, i], peer, *all_slots[number]))
+        parts.fill(lambda number, i, peer: _heads_of(shards[number][:, :, i], peer, *all_slots[number]), call)
         whole = [[parts.out(_in_order(x, layout)) for x in each] for each in parts.tensors]
         return [torch.cat(rows_of) if local > 1 else rows_of[0] for rows_of in whole]
 
@@ -113,7 +121,11 @@ def _in_order(parts: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def to_tokens(
-    tensors: Sequence[tuple[torch.Tensor, int]], comm: Communicator, layout: Layout, rows: int
+    tensors: Sequence[tuple[torch.Tensor, int]],
+    comm: Communicator,
+    layout: Layout,
+    rows: int,
+    call: int | None = None,
 ) -> list[torch.Tensor]:
     """Inverse of :func:`to_heads`; the copies of a head are added up, in the dtype that they have."""
     local, world_size = len(comm.local_ranks), comm.world_size
@@ -126,7 +138,7 @@ def to_tokens(
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
-        parts.fill(lambda number, i, peer: layout.shard(whole[number][i], peer, 2))
+        parts.fill(lambda number, i, peer: layout.shard(whole[number][i], peer, 2), call)
         results = []
         for each, (_, copies) in zip(parts.tensors, tensors):
             # [local, ranks, b, rows, shard, slots, d] -> [b, rows, local, shard, ranks, slots, d]

@@ -225,3 +225,38 @@ def test_every_survivor_raises(what, backward):
         assert nan and error in after, outcome
         named += "ranks [1] in step" in error
     assert named, outcomes
+
+
+def swapped(rank, world_size, grid):
+    """Equal calls, whose backward passes rank 1 comes to in the other order."""
+    take_gpu(rank)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    set_transport(group, "symmetric")
+    attend = seqpar_attn.ulysses_attention if grid == "ulysses" else seqpar_attn.ring_attention
+    q = torch.randn(1, 1024, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):  # compiles, and agrees on the call
+        attend(q, q, q, group=group).sum().backward()
+    outs = [attend(q, q, q, group=group) for _ in range(2)]
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    try:
+        for out in outs[::-1] if rank == 1 else outs:
+            out.sum().backward()
+        torch.cuda.synchronize()
+        time.sleep(0.1)
+    except CommunicationError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_backward_passes_of_equal_calls_in_another_order(method):
+    world_size = SIZES[-1]
+    with RankPool(world_size, timeout=120) as pool:
+        outcomes = pool.outcomes(swapped, method, timeout=60)
+    for outcome in outcomes:
+        assert outcome.error is None, outcome
+        error, seconds = outcome.result
+        assert "did not come within" in error or "has given up" in error, outcome
+        assert seconds < TIMEOUT + 5, outcome
+    assert any("are in the backward pass of another call" in outcome.result[0] for outcome in outcomes), outcomes

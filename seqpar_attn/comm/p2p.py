@@ -13,6 +13,7 @@ have a communicator of their own, lest those of the next step wait for them; glo
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -98,6 +99,7 @@ class P2P:
             self.timeout,
             every_call=device.type == "cpu",
         )
+        self._calls = itertools.count()
         self._connected = device.type == "cpu" or self.staged or self.world_size == 1
 
     def open_slow(self) -> None:
@@ -118,6 +120,9 @@ class P2P:
     def group(self) -> dist.ProcessGroup | None:
         """None once it has been destroyed."""
         return self._group()
+
+    def count_call(self) -> int:
+        return next(self._calls)
 
     def give_way(self, why: str) -> bool:
         return False
