@@ -78,10 +78,10 @@ class Fabric(Protocol):
 
 
 class Symmetric:
-    """``base``'s ranks, whose messages with a target go through ``fabric`` and all others through ``base``.
+    """``base``'s ranks, whose messages go through ``fabric``.
 
-    ``limit``: of the arena's bytes. ``yields``: where the arena cannot be had, all messages go through ``base`` from
-    there on, instead of an error.
+    ``limit``: of the arena's bytes. ``yields``: where the arena cannot be had, messages go through ``base`` from there
+    on, instead of an error.
     """
 
     name = "symmetric"
@@ -136,9 +136,9 @@ class Symmetric:
         """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's. ``call``:
         the number of the forward call of whose backward pass this is part; peers that are in another one do not
         come."""
-        if targets is None:
-            self.base.connect()  # all ranks come here
+        if self.arena is None:
             return self.base.exchange(sends, receives, slow=slow)
+        assert targets is not None
         fabric = self.fabric
         ready = 2 * self.world_size if slow else 0
         arrived = ready + self.world_size
