@@ -98,6 +98,9 @@ class OneRank:
             event.record()
         return _Copied(self, event)
 
+    def count_call(self) -> None:
+        pass
+
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         if error is not None:
             raise error

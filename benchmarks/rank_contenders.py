@@ -120,13 +120,15 @@ def ours(problem: Problem, ranks: int, device: torch.device) -> tuple[dict[str, 
         absent["ulysses"] = f"{problem.nheads} heads do not divide among {ranks} ranks"
     else:
         found["ulysses"] = of(seqpar_attn.ulysses_attention, "contiguous")
+        found[f"ulysses, {PUSHED}"] = of(seqpar_attn.ulysses_attention, "contiguous", group=pushing)
     if ranks % 2 or ranks < 4 or problem.nheads % 2:
         absent["usp"] = f"no grid of rows of two of {ranks} ranks that is neither a ring nor one row"
     else:
-        mesh = init_device_mesh(device.type, (ranks // 2, 2), mesh_dim_names=("ring", "ulysses"))
-        for name in ("ring", "ulysses"):
-            set_transport(mesh[name], "p2p")
-        found["usp"] = of(seqpar_attn.usp_attention, "zigzag/2", group=mesh)
+        for name, transport in (("usp", "p2p"), (f"usp, {PUSHED}", "symmetric")):
+            mesh = init_device_mesh(device.type, (ranks // 2, 2), mesh_dim_names=("ring", "ulysses"))
+            for dimension in ("ring", "ulysses"):
+                set_transport(mesh[dimension], transport)
+            found[name] = of(seqpar_attn.usp_attention, "zigzag/2", group=mesh)
     return found, absent
 
 

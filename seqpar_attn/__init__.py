@@ -1,11 +1,11 @@
 """Exact attention over sequences that do not fit one GPU.
 
 ``ring_attention``, ``dist_flash_attention``, ``ulysses_attention`` and ``usp_attention`` compute attention over a
-sequence that is split over the ranks of a group; ``set_transport`` lets copy engines of one host's GPUs do their
-transfers; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such tokens; ``shard_batch`` splits a batch;
-``ShardedKV`` keeps a prompt's keys split while new tokens attend them; ``verify`` compares a model on a split sequence
-with one device; ``LoopbackGroup`` runs several virtual ranks in one process. Importing this package
-loads neither triton nor transformers and does not touch CUDA.
+sequence that is split over the ranks of a group; ``set_transport`` sets how their transfers go, if they are not to find
+out themselves; ``cross_entropy`` and ``linear_cross_entropy`` are the loss over such tokens; ``shard_batch`` splits a
+batch; ``ShardedKV`` keeps a prompt's keys split while new tokens attend them; ``verify`` compares a model on a split
+sequence with one device; ``LoopbackGroup`` runs several virtual ranks in one process. Importing this package loads
+neither triton nor transformers and does not touch CUDA.
 """
 
 from __future__ import annotations

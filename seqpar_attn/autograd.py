@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import kept, kernels
-from .comm import Communicator, communicator
+from . import kept, kernels, numbers
+from .comm import UNKNOWN, Communicator, communicator
 from .kernels.base import Kernel, accumulator_dtype
 from .layout import get_layout
 from .mask import Mask
@@ -45,6 +45,11 @@ def describe(
     return own | vars(call) | {"chosen backend": chosen}
 
 
+def of_call(number: int | None) -> dict[str, object]:
+    """What all ranks of a group must agree on in the backward pass, besides."""
+    return {"forward call": UNKNOWN if number is None else number}
+
+
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,6 +72,7 @@ def _attention(
     if comm.world_size > 1 or error is not None:
         comm.agree(describe(q, k, call, kernel), error)
     assert kernel is not None
+    numbers.begin(comm.count_call())
     results = forward_pass(q, k, v, plan, comm, kernel, call)
     kept.record(results)
     return results
@@ -95,11 +101,12 @@ def _attention_backward(
     call = Call.of(rest)
     comm = communicator(group, q.device)
     plan, kernel = _prepare(q, k, v, comm, call)
+    (number,) = numbers.here()
     if comm.world_size > 1 and q.device.type == "cpu":
         # Ranks that come to backward in different orders would take each other's blocks for their own, and gloo ends
         # the process that gets a longer message than it expects.
-        comm.agree(describe(q, k, call, kernel, "backward"), None)
-    return backward_pass(dout, dlse, q, k, v, out, lse, plan, comm, kernel, call)
+        comm.agree(describe(q, k, call, kernel, "backward") | of_call(number), None)
+    return backward_pass(dout, dlse, q, k, v, out, lse, plan, comm, kernel, call, number=number)
 
 
 def _fake_backward(
@@ -120,7 +127,9 @@ attention_backward_op = define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-        out, lse = below_autograd(attention_op, q, k, v, *rest)
+        with numbers.noting() as note:
+            out, lse = below_autograd(attention_op, q, k, v, *rest)
+        ctx.numbers = note.numbers
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -131,7 +140,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        gradients = attention_backward_op(dout, dlse, q, k, v, out, lse, *ctx.rest)
+        with numbers.of_backward(ctx.numbers):
+            gradients = attention_backward_op(dout, dlse, q, k, v, out, lse, *ctx.rest)
         return (*gradients, *([None] * len(ctx.rest)))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .comm import Communicator, Group, agree, communicator, group_name
+from .comm import Communicator, Group, agree, group_name, peers
 from .kernels import FULL, Kernel, accumulator_dtype, interval_mask, resolve
 from .layout import get_layout, grid_of, holds_all, resolve_group
 from .mask import MaskKind, Span
@@ -37,7 +37,7 @@ Grid = tuple[Group, Group]
 def communicators(group: Any, device: torch.device) -> list[Communicator]:
     """Of a group; of a grid (see :func:`seqpar_attn.usp_attention`) one per dimension, that within rows first."""
     grid = grid_of(group)
-    return [communicator(group_name(part), device) for part in ([group] if grid is None else [grid[1], grid[0]])]
+    return [peers(group_name(part), device) for part in ([group] if grid is None else [grid[1], grid[0]])]
 
 
 class _Shard:

@@ -13,11 +13,12 @@ tensor as ``[batch, rows * local ranks * shard, nheads, headdim]``; with whole r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from .comm import Communicator, Message
+from .comm import Arena, Communicator, Cutter, Message, Shape, bytes_of, in_turn
 from .layout import Contiguous, Layout
 
 
@@ -36,32 +37,80 @@ def _heads_of(x: torch.Tensor, rank: int, slots: int, copies: int) -> torch.Tens
     return x.index_select(-2, index)
 
 
+class _Parts:
+    """What a process's ranks get from every rank in one exchange: per tensor ``[local, ranks, ...]``.
+
+    They lie in the arena where there is one, so that peers write them from where they have them; then they are there
+    only as long as it is this call's turn.
+    """
+
+    def __init__(self, comm: Communicator, arena: Arena | None, shapes: Sequence[Shape], device: torch.device):
+        self.comm, self.arena = comm, arena
+        whole = [((len(comm.local_ranks), comm.world_size, *shape), dtype) for shape, dtype in shapes]
+        if arena is None:
+            self.tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in whole]
+        else:
+            cut = Cutter(arena.reserve(bytes_of(whole)))
+            self.tensors = [cut(*shape) for shape in whole]
+
+    def fill(self, part: Callable[[int, int, int], torch.Tensor], call: int | None) -> None:
+        """``part(number, i, peer)``: what the local rank i has for ``peer`` of this tensor. ``call``: in a backward
+        pass, the number of the forward call."""
+        local = self.comm.local_ranks
+        sends: list[list[Message]] = [[] for _ in local]
+        receives: list[list[Message]] = [[] for _ in local]
+        targets: list[list[Message]] = [[] for _ in local]
+        for number, x in enumerate(self.tensors):
+            if not x.numel():
+                continue
+            for i, rank in enumerate(local):
+                for peer in range(self.comm.world_size):
+                    if peer == rank:
+                        x[i, rank].copy_(part(number, i, peer))
+                        continue
+                    sends[i].append((peer, part(number, i, peer)))
+                    receives[i].append((peer, x[i, peer]))
+                    targets[i].append((peer, x[i, rank]))
+        if not any(sends):
+            return
+        more: dict[str, Any] = {}
+        if self.arena is not None:
+            more = {"targets": targets, "where": "an exchange of heads", "call": call}
+        self.comm.exchange(sends, receives, **more).wait()
+
+    def out(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, made of these tensors, as one that stays when others use the arena."""
+        if self.arena is None or x.untyped_storage().data_ptr() != self.tensors[0].untyped_storage().data_ptr():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
+
+
 def to_heads(
-    tensors: Sequence[tuple[torch.Tensor, int]], comm: Communicator, layout: Layout, rows: int
+    tensors: Sequence[tuple[torch.Tensor, int]],
+    comm: Communicator,
+    layout: Layout,
+    rows: int,
+    call: int | None = None,
 ) -> list[torch.Tensor]:
     """Pairs ``(x, copies)``, ``x: [b, tokens, nheads, d]``, to ``[local * b, rows * row length, slots, d]`` in one
-    exchange. ``layout`` says which tokens of a row a rank holds; the result is in the order of the sequence."""
-    local, world_size = comm.local_ranks, comm.world_size
-    sends: list[list[Message]] = [[] for _ in local]
-    receives: list[list[Message]] = [[] for _ in local]
-    results = []
+    exchange. ``layout`` says which tokens of a row a rank holds; the result is in the order of the sequence.
+    ``call``: in a backward pass, the number of the forward call."""
+    local, world_size = len(comm.local_ranks), comm.world_size
+    shards, shapes, all_slots = [], [], []
     for x, copies in tensors:
         batch, tokens, nheads, headdim = x.shape
-        shard, slots = tokens // (rows * len(local)), nheads * copies // world_size
-        x = torch.unflatten(x, 1, (rows, len(local), shard))
-        parts = x.new_empty(len(local), world_size, batch, rows, shard, slots, headdim)
-        for i, rank in enumerate(local):
-            for peer in range(world_size):
-                part = _heads_of(x[:, :, i], peer, slots, copies)
-                if peer == rank:
-                    parts[i, rank].copy_(part)
-                else:
-                    sends[i].append((peer, part.contiguous()))
-                    receives[i].append((peer, parts[i, peer]))
-        results.append(parts)
-    comm.exchange(sends, receives).wait()
-    whole = [[_in_order(x, layout) for x in parts] for parts in results]
-    return [torch.cat(rows_of) if len(local) > 1 else rows_of[0] for rows_of in whole]
+        shard, slots = tokens // (rows * local), nheads * copies // world_size
+        shards.append(torch.unflatten(x, 1, (rows, local, shard)))
+        shapes.append(((batch, rows, shard, slots, headdim), x.dtype))
+        all_slots.append((slots, copies))
+
+    def exchange(arena: Arena | None) -> list[torch.Tensor]:
+        parts = _Parts(comm, arena, shapes, tensors[0][0].device)
+        parts.fill(lambda number, i, peer: _heads_of(shards[number][:, :, i], peer, *all_slots[number]), call)
+        whole = [[parts.out(_in_order(x, layout)) for x in each] for each in parts.tensors]
+        return [torch.cat(rows_of) if local > 1 else rows_of[0] for rows_of in whole]
+
+    return in_turn(comm, exchange)
 
 
 def _in_order(parts: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -72,32 +121,31 @@ def _in_order(parts: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def to_tokens(
-    tensors: Sequence[tuple[torch.Tensor, int]], comm: Communicator, layout: Layout, rows: int
+    tensors: Sequence[tuple[torch.Tensor, int]],
+    comm: Communicator,
+    layout: Layout,
+    rows: int,
+    call: int | None = None,
 ) -> list[torch.Tensor]:
     """Inverse of :func:`to_heads`; the copies of a head are added up, in the dtype that they have."""
-    local, world_size = comm.local_ranks, comm.world_size
-    sends: list[list[Message]] = [[] for _ in local]
-    receives: list[list[Message]] = [[] for _ in local]
-    received = []
+    local, world_size = len(comm.local_ranks), comm.world_size
+    whole, shapes = [], []
     for x, _ in tensors:
-        x = torch.unflatten(torch.unflatten(x, 0, (len(local), -1)), 2, (rows, x.shape[1] // rows))
+        x = torch.unflatten(torch.unflatten(x, 0, (local, -1)), 2, (rows, x.shape[1] // rows))
         _, batch, _, length, slots, headdim = x.shape
-        parts = x.new_empty(len(local), world_size, batch, rows, length // world_size, slots, headdim)
-        for i, rank in enumerate(local):
-            for peer in range(world_size):
-                part = layout.shard(x[i], peer, 2)
-                if peer == rank:
-                    parts[i, rank].copy_(part)
-                else:
-                    sends[i].append((peer, part))
-                    receives[i].append((peer, parts[i, peer]))
-        received.append(parts)
-    comm.exchange(sends, receives).wait()
-    results = []
-    for parts, (_, copies) in zip(received, tensors):
-        # [local, ranks, b, rows, shard, slots, d] -> [b, rows, local, shard, ranks, slots, d]
-        x = parts.permute(2, 3, 0, 4, 1, 5, 6).flatten(1, 3).flatten(2, 3)
-        if copies > 1:
-            x = torch.unflatten(x, 2, (-1, copies)).sum(3)
-        results.append(x.contiguous())
-    return results
+        whole.append(x)
+        shapes.append(((batch, rows, length // world_size, slots, headdim), x.dtype))
+
+    def exchange(arena: Arena | None) -> list[torch.Tensor]:
+        parts = _Parts(comm, arena, shapes, tensors[0][0].device)
+        parts.fill(lambda number, i, peer: layout.shard(whole[number][i], peer, 2), call)
+        results = []
+        for each, (_, copies) in zip(parts.tensors, tensors):
+            # [local, ranks, b, rows, shard, slots, d] -> [b, rows, local, shard, ranks, slots, d]
+            x = each.permute(2, 3, 0, 4, 1, 5, 6).flatten(1, 3).flatten(2, 3)
+            if copies > 1:
+                x = torch.unflatten(x, 2, (-1, copies)).sum(3)
+            results.append(parts.out(x).contiguous())
+        return results
+
+    return in_turn(comm, exchange)

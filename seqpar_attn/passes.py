@@ -96,8 +96,9 @@ class Pass:
         self._addresses = self.pieces.addresses()
         return returned
 
-    def run(self, comm: Communicator) -> None:
-        """All moments."""
+    def run(self, comm: Communicator, call: int | None = None) -> None:
+        """All moments. ``call``: for a backward pass, the number of its forward call, where peers can be told."""
+        told: dict[str, Any] = {} if call is None or comm.arena is None else {"call": call}
         for view in self._posted:
             self.pieces.view(view)
         moving: dict[int, list[Handle]] = defaultdict(list)
@@ -108,6 +109,7 @@ class Pass:
                         self._messages(exchange.sends) if sends is None else sends,
                         self._messages(exchange.receives) if receives is None else receives,
                         **more,
+                        **told,
                     )
                     moving[exchange.end].append(handle)
                 self.launch(number, self._work, moment)
@@ -264,7 +266,7 @@ class Backward(Pass):
         super().__init__(plan, program, kernel, call, Pieces(program, given, returned, scratch, own, own, reserve))
 
     def play(
-        self, comm: Communicator, dlse: torch.Tensor | None, *given: torch.Tensor
+        self, comm: Communicator, dlse: torch.Tensor | None, number: int | None, *given: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(dq, dk, dv)`` of ``q, k, v, dout, lse, out``, in the input dtype (wide keys: accumulators)."""
         with on_device_of(given[0]):
@@ -276,7 +278,7 @@ class Backward(Pass):
                 self.launch("delta", self._delta)
             if dlse is not None:
                 delta -= dlse  # d lse / d score = p, which enters dS = P (dP - delta) with the opposite sign of delta
-            self.run(comm)
+            self.run(comm, number)
             if self._round:
                 dk, dv = dk.to(given[1].dtype), dv.to(given[2].dtype)
             self.end()
@@ -429,10 +431,11 @@ def backward_pass(
     call: Call,
     *,
     wide_keys: bool = False,
+    number: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward schedule: ``(dq, dk, dv)`` of the local ranks' shards, in the input dtype; with ``wide_keys``, dk
     and dv in the accumulator dtype, for who adds something to them. ``out``: that, or ``rowsum(dout * out)`` as
-    ``[batch, nheads, seqlen]`` in the accumulator dtype."""
+    ``[batch, nheads, seqlen]`` in the accumulator dtype. ``number``: of the forward call, in the group of ``comm``."""
     if not q.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
@@ -446,7 +449,7 @@ def backward_pass(
             played: Backward = shelf.pop()
         except IndexError:
             played = Backward(plan, program, kernel, call, given, wide_keys, None if arena is None else arena.reserve)
-        result = played.play(comm, dlse, *given)
+        result = played.play(comm, dlse, number, *given)
         shelf.append(played)
         return result
 

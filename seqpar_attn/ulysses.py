@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from . import kept, kernels
-from .autograd import describe
+from . import kept, kernels, numbers
+from .autograd import describe, of_call
 from .comm import Communicator, agree, communicator, count_ranks
 from .heads import key_copies, to_heads, to_tokens
 from .kernels.base import Kernel, accumulator_dtype
@@ -71,11 +71,11 @@ class _Grid:
         args = (call.backend, q.device, q.dtype, q.shape[3], plan.kinds, call.softcap, call.deterministic)
         return plan, kernels.resolve(*args)
 
-    def to_heads(self, *tensors: tuple[torch.Tensor, int]) -> list[torch.Tensor]:
-        return to_heads(tensors, self.comm, self.heads, self.rows)
+    def to_heads(self, *tensors: tuple[torch.Tensor, int], number: int | None = None) -> list[torch.Tensor]:
+        return to_heads(tensors, self.comm, self.heads, self.rows, number)
 
-    def to_tokens(self, *tensors: tuple[torch.Tensor, int]) -> list[torch.Tensor]:
-        return to_tokens(tensors, self.comm, self.heads, self.rows)
+    def to_tokens(self, *tensors: tuple[torch.Tensor, int], number: int | None = None) -> list[torch.Tensor]:
+        return to_tokens(tensors, self.comm, self.heads, self.rows, number)
 
 
 def _as_head(lse: torch.Tensor) -> torch.Tensor:
@@ -116,6 +116,7 @@ def _ulysses(
         error = complaint
     agree(grid.comms, describe(q, k, call, kernel), error)
     assert kernel is not None
+    numbers.begin(*(comm.count_call() for comm in grid.comms))
     copies = key_copies(q.shape[2], k.shape[2], grid.comm.world_size)
     q_heads, k_heads, v_heads = grid.to_heads((q, 1), (k, copies), (v, copies))
     out_heads, lse_heads = forward_pass(q_heads, k_heads, v_heads, plan, grid.ring_comm, kernel, call)
@@ -159,18 +160,20 @@ def _ulysses_backward(
     """``(dq, dk, dv)`` of the shards, given ``dout, dlse`` of the shards and the rest as it was exchanged."""
     call = Call.of(rest)
     grid = _Grid(group, ring, call, q.device)
+    known = numbers.here(2)
     plan, kind = grid.plan(dout.shape[1]), (q.device, q.dtype, q.shape[3])
     kernel = kernels.resolve(call.backend, *kind, plan.kinds, call.softcap, call.deterministic)
     if q.device.type == "cpu":  # as in autograd.attention_backward_op
-        agree(grid.comms, describe(q, k, call, kernel, "backward"), None)
+        agree(grid.comms, describe(q, k, call, kernel, "backward"), None, [of_call(number) for number in known])
     given = [(dout, 1)] if dlse is None else [(dout, 1), (_as_head(dlse), 1)]
-    dout_heads, *dlse_heads = grid.to_heads(*given)
+    dout_heads, *dlse_heads = grid.to_heads(*given, number=known[0])
     dlse = _as_lse(dlse_heads[0]) if dlse_heads else None
     copies = key_copies(dout.shape[2], nheads_kv, grid.comm.world_size)
     # The copies of a key head have their gradients added, so these must not be rounded before.
     ring_comm, wide = grid.ring_comm, copies > 1
-    dq, dk, dv = backward_pass(dout_heads, dlse, q, k, v, out, lse, plan, ring_comm, kernel, call, wide_keys=wide)
-    dq, dk, dv = grid.to_tokens((dq, 1), (dk, copies), (dv, copies))
+    given_heads = (dout_heads, dlse, q, k, v, out, lse)
+    dq, dk, dv = backward_pass(*given_heads, plan, ring_comm, kernel, call, wide_keys=wide, number=known[1])
+    dq, dk, dv = grid.to_tokens((dq, 1), (dk, copies), (dv, copies), number=known[0])
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -201,7 +204,9 @@ ulysses_backward_op = define(
 class _Ulysses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
-        results = below_autograd(ulysses_op, q, k, v, *rest)
+        with numbers.noting() as note:
+            results = below_autograd(ulysses_op, q, k, v, *rest)
+        ctx.numbers = note.numbers
         ctx.save_for_backward(*results[2:])
         ctx.mark_non_differentiable(*results[2:])
         ctx.shape, ctx.nheads_kv, ctx.rest = q.shape, k.shape[2], rest
@@ -213,7 +218,8 @@ class _Ulysses(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = q.new_zeros(ctx.shape)
-        gradients = ulysses_backward_op(dout, dlse, q, k, v, out, lse, ctx.nheads_kv, *ctx.rest)
+        with numbers.of_backward(ctx.numbers):
+            gradients = ulysses_backward_op(dout, dlse, q, k, v, out, lse, ctx.nheads_kv, *ctx.rest)
         return (*gradients, *([None] * len(ctx.rest)))
 
 

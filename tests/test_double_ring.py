@@ -318,7 +318,7 @@ class AsLate(loopback.Loopback):
 @pytest.mark.parametrize("method", DOUBLE, ids=lambda m: m.name)
 def test_nothing_is_used_before_it_is_due(method, mask, monkeypatch):
     comm = AsLate(8)
-    monkeypatch.setattr("seqpar_attn.comm._loopback", functools.lru_cache(lambda world_size: comm))
+    monkeypatch.setattr("seqpar_attn.comm.transports._loopback", functools.lru_cache(lambda world_size: comm))
     x = make_inputs(8 * 6, mask)
     check_exact(run(x, method, 8), truth(x))
     assert comm.slow > 0 or method.owners is None or method.hosts == 4

@@ -168,6 +168,7 @@ def disagreement(rank, world_size, folder: Path, odd: int, what: str, x, again):
     passes = {
         "order": [("ring_attention", "contiguous", x), ("dist_flash_attention", "contiguous", x)],
         "backward order": [("ring_attention", "zigzag", x), ("ring_attention", "zigzag", again[RANKS])],
+        "equal calls": [("ring_attention", "zigzag", x), ("ring_attention", "zigzag", x)],
         "length": [("ring_attention", "zigzag", x)],
     }[what]
 
@@ -175,7 +176,7 @@ def disagreement(rank, world_size, folder: Path, odd: int, what: str, x, again):
         inputs = shards(rank, x, layout)
         return getattr(seqpar_attn, name)(*inputs, layout=layout), inputs
 
-    if what == "backward order":
+    if what in ("backward order", "equal calls"):
         with ring_steps(1 << 20):
             made = [forward(*each) for each in passes]
         calls = [lambda out=out, inputs=inputs: torch.autograd.grad(out.sum(), inputs) for out, inputs in made]
@@ -271,7 +272,9 @@ def test_step_and_transfer_are_named(pool, folder, direction):
 
 
 @pytest.mark.parametrize(
-    "what, field", [("order", "method"), ("backward order", "q shape"), ("length", "q shape")], ids=str
+    "what, field",
+    [("order", "method"), ("backward order", "q shape"), ("equal calls", "forward call"), ("length", "q shape")],
+    ids=str,
 )
 def test_disagreement(pool, folder, what, field):
     odd, (x, again) = random.randrange(1, RANKS), inputs()

@@ -135,3 +135,9 @@ def test_a_store_that_does_not_answer_is_an_error_in_time(monkeypatch):
 def test_compare_names_a_missing_field():
     with pytest.raises(ValueError, match="same window on every rank, got None on rank 0 and 4 on rank 1"):
         compare([{}, {"window": "4"}], [None, None])
+
+
+def test_what_a_rank_does_not_know_is_not_compared():
+    compare([{"call": "unknown"}, {"call": "4"}, {"call": "unknown"}, {"call": "4"}], [None] * 4)
+    with pytest.raises(ValueError, match="same call on every rank, got 4 on rank 1 and 5 on rank 3"):
+        compare([{"call": "unknown"}, {"call": "4"}, {"call": "unknown"}, {"call": "5"}], [None] * 4)

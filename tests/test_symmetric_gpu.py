@@ -8,10 +8,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import ulysses_cases
 from attention_cases import METHODS, make_inputs, other_bits
+from ulysses_cases import Grid
 
 import seqpar_attn
-from seqpar_attn.comm import CommunicationError, communicator, set_transport, transport
+from seqpar_attn.comm import CommunicationError, communicator, group_name, set_transport, transport
 from seqpar_attn.testing.distributed import RankPool
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +54,36 @@ SHAPES = {
 @pytest.mark.parametrize("mask", ["causal", "full", "packed", "packed-full", "window", "softcap"])
 def test_same_bits_as_virtual_ranks(pool, mask, shape):
     assert pool.run(many, mask, SHAPES[shape], METHODS) == pool.world_size * [([], "symmetric")]
+
+
+def heads(rank, world_size, mask, shape, grids):
+    take_gpu(rank)
+    torch.manual_seed(0)
+    x = make_inputs(world_size * 512, mask, device="cuda", **shape)
+    differ, staged = [], []
+    for grid in grids:
+        grid.set_transport("symmetric", "cuda")
+        group = None if grid.rows == 1 else grid.mesh("cuda")["ulysses"]
+        comm = communicator(group_name(group), x.q.device)
+        exchange = comm.base.exchange
+        comm.base.exchange = lambda *args, exchange=exchange, **more: (staged.append(1), exchange(*args, **more))[1]
+        differ += ulysses_cases.other_bits(x, [grid], rank)
+        comm.base.exchange = exchange
+    set_transport(None, "symmetric")
+    return differ, comm.name, len(staged)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "one key head"])
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+def test_heads_are_exchanged_with_the_bits_of_virtual_ranks(pool, mask, shape):
+    """Ulysses, and USP where there is a grid; key heads that go to several ranks; a batch, whose rows lie apart."""
+    ranks = pool.world_size
+    grids = [Grid(1, ranks, "contiguous"), Grid(1, ranks, "zigzag")]
+    if ranks >= 4 and ranks % 2 == 0:
+        grids.append(Grid(ranks // 2, 2, "zigzag"))
+    given = SHAPES.get(shape, {"dtype": torch.bfloat16, "headdim": 64, "nheads": 8, "nheads_kv": 1})
+    given = given | {"nheads": max(given["nheads"], ranks)}
+    assert pool.run(heads, mask, given, grids) == ranks * [([], "symmetric", 0)]
 
 
 def long_call(rank, world_size, tokens):
@@ -193,3 +225,38 @@ def test_every_survivor_raises(what, backward):
         assert nan and error in after, outcome
         named += "ranks [1] in step" in error
     assert named, outcomes
+
+
+def swapped(rank, world_size, grid):
+    """Equal calls, whose backward passes rank 1 comes to in the other order."""
+    take_gpu(rank)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    set_transport(group, "symmetric")
+    attend = seqpar_attn.ulysses_attention if grid == "ulysses" else seqpar_attn.ring_attention
+    q = torch.randn(1, 1024, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):  # compiles, and agrees on the call
+        attend(q, q, q, group=group).sum().backward()
+    outs = [attend(q, q, q, group=group) for _ in range(2)]
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    try:
+        for out in outs[::-1] if rank == 1 else outs:
+            out.sum().backward()
+        torch.cuda.synchronize()
+        time.sleep(0.1)
+    except CommunicationError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_backward_passes_of_equal_calls_in_another_order(method):
+    world_size = SIZES[-1]
+    with RankPool(world_size, timeout=120) as pool:
+        outcomes = pool.outcomes(swapped, method, timeout=60)
+    for outcome in outcomes:
+        assert outcome.error is None, outcome
+        error, seconds = outcome.result
+        assert "did not come within" in error or "has given up" in error, outcome
+        assert seconds < TIMEOUT + 5, outcome
+    assert any("are in the backward pass of another call" in outcome.result[0] for outcome in outcomes), outcomes

@@ -53,6 +53,8 @@ def on_gpu(x: Inputs) -> Inputs:
 
 
 def many(rank, world_size, x, grids):
+    for grid in grids:
+        grid.set_transport("p2p", "cuda")
     results = [run(on_gpu(x), grid, rank, backend="triton") for grid in grids]
     return [{name: t.cpu() for name, t in result.items()} for result in results]
 

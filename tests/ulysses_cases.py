@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,23 @@ class Grid:
         name = self.layout if self.rows == 1 else f"{self.layout}/{self.columns}"
         return get_layout(name, self.rows * self.columns)
 
+    @functools.cache  # noqa: B019 (as few as there are grids, and each costs a group per row and column)
+    def mesh(self, device):
+        return dist.init_device_mesh(device, (self.rows, self.columns), mesh_dim_names=("ring", "ulysses"))
+
+    def set_transport(self, transport, device):
+        """Of the groups of real ranks."""
+        groups = [None] if self.rows == 1 else [self.mesh(device)[name] for name in ("ring", "ulysses")]
+        for group in groups:
+            seqpar_attn.set_transport(group, transport)
+
     def attend(self, q, k, v, real, **arguments):
         if self.rows == 1:
             group = None if real else LoopbackGroup(self.columns)
             return seqpar_attn.ulysses_attention(q, k, v, group=group, layout=self.layout, **arguments)
         group = (LoopbackGroup(self.rows), LoopbackGroup(self.columns))
         if real:
-            group = dist.init_device_mesh(q.device.type, (self.rows, self.columns), mesh_dim_names=("ring", "ulysses"))
+            group = self.mesh(q.device.type)
         return seqpar_attn.usp_attention(q, k, v, group=group, layout=self.layout, **arguments)
 
 
@@ -54,6 +65,19 @@ def run(x, grid, rank=None, **more):
     if rank is None:
         results = {name: layout.unshard_all(t, 2 if name == "lse" else 1) for name, t in results.items()}
     return results
+
+
+def other_bits(x, grids, rank, **more):
+    """Which of this process's results differ from virtual ranks'; see ``attention_cases.other_bits``."""
+    differ = []
+    for grid in grids:
+        layout = grid.whole_layout()
+        whole = run(x, grid, deterministic=True, **more)
+        for name, t in run(x, grid, rank, deterministic=True, **more).items():
+            expected = layout.shard(whole[name], rank, 2 if name == "lse" else 1)
+            if not torch.equal(t, expected):
+                differ.append((grid.name, name, (t.double() - expected.double()).abs().max().item()))
+    return differ
 
 
 def unshard(shards, grid):

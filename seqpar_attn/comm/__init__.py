@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arena import Cutter, Shape, aligned, bytes_of, in_turn
-from .base import Arena, CommunicationError, Communicator, Handle, Message, agree
+from .base import UNKNOWN, Arena, CommunicationError, Communicator, Handle, Message, agree
 from .choice import Choice
 from .groups import Group, count_ranks, find_ranks_per_host, group_name
 from .loopback import Loopback, LoopbackGroup
@@ -12,6 +12,7 @@ from .transports import communicator, limit_of_environment, peers, set_transport
 
 __all__ = [
     "P2P",
+    "UNKNOWN",
     "Arena",
     "Choice",
     "CommunicationError",

@@ -41,11 +41,15 @@ class Communicator(Protocol):
 
     ``local_ranks`` are the ranks this process computes for: one of them, or all with ``loopback``. One with an
     ``arena`` writes into its peers' slots: ``exchange`` then also takes ``targets``, the place in the own arena that
-    each message has in its receiver's.
+    each message has in its receiver's, and more (:class:`.symmetric.Symmetric`).
     """
 
     @property
     def arena(self) -> Arena | None: ...
+
+    def count_call(self) -> int | None:
+        """The number of a forward call that begins, the same one on every rank."""
+        ...
 
     def give_way(self, why: str) -> bool:
         """Stop using the arena, if there is another way, and say whether there is. All ranks call it together."""
@@ -89,26 +93,47 @@ class SetUpError(CommunicationError):
     """Something that all ranks have to set up together failed on one of them, and all know. Nothing has moved."""
 
 
+class _Unknown:
+    def __repr__(self) -> str:
+        return "unknown"
+
+
+UNKNOWN = _Unknown()
+"""The value of a field that a rank cannot compare."""
+
+
 def compare(descriptions: Sequence[Mapping[str, object]], errors: Sequence[str | None]) -> None:
     """Raise the ValueError that every rank of the group has to raise; nothing if all agree."""
     complaints = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
     if complaints:
         raise ValueError("; ".join(complaints))
+    known: dict[str, tuple[int, object]] = {}
+    """Per field the first rank that knows it, and what it says."""
+    names = dict.fromkeys(name for description in descriptions for name in description)
     for rank, description in enumerate(descriptions):
-        for name in dict.fromkeys([*descriptions[0], *description]):
-            first, other = descriptions[0].get(name), description.get(name)
+        for name in names:
+            other = description.get(name)
+            if other == repr(UNKNOWN):
+                continue
+            where, first = known.setdefault(name, (rank, other))
             if first != other:
                 raise ValueError(
-                    f"expected the same {name} on every rank, got {first} on rank 0 and {other} on rank {rank}"
+                    f"expected the same {name} on every rank, got {first} on rank {where} and {other} on rank {rank}"
                 )
 
 
-def agree(comms: Sequence[Communicator], fields: Mapping[str, object], error: Exception | None) -> None:
+def agree(
+    comms: Sequence[Communicator],
+    fields: Mapping[str, object],
+    error: Exception | None,
+    more: Sequence[Mapping[str, object]] | None = None,
+) -> None:
     """``Communicator.agree`` of all ranks of a grid, given this rank's group along each dimension, in one order
-    everywhere. A complaint in a group is handed on to the next ones, so that it reaches every rank."""
-    for comm in comms:
+    everywhere. A complaint in a group is handed on to the next ones, so that it reaches every rank. ``more``: fields of
+    each group's own."""
+    for i, comm in enumerate(comms):
         try:
-            comm.agree(fields, error)
+            comm.agree(fields if more is None else {**fields, **more[i]}, error)
         except ValueError as complaint:
             error = complaint
     if error is not None:

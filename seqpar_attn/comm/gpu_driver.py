@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*address - value) >= 0
+_MAX_PITCH = 1 << 31
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address says where the memory is
 
 _COPY_FIELDS: Any = [
@@ -65,7 +66,10 @@ def fill(stream: int, address: int, size: int, byte: int) -> None:
     _checked("cuMemsetD8Async", _driver().cuMemsetD8Async(address, byte, size, stream))
 
 
-def rows_of(x: torch.Tensor) -> tuple[int, int, int] | None:
+Rows = tuple[int, int, int]
+
+
+def rows_of(x: torch.Tensor) -> Rows | None:
     """``(rows, elements of a row, elements from row to row)``, if ``x`` is rows of consecutive elements."""
     inner = 1
     for dim in reversed(range(x.ndim)):
@@ -80,13 +84,24 @@ def rows_of(x: torch.Tensor) -> tuple[int, int, int] | None:
     return 1, inner, inner
 
 
+def as_long(rows: Rows, length: int) -> Rows:
+    """``rows`` cut into rows of ``length`` elements, if they are one."""
+    count, size, apart = rows
+    return (size // length, length, length) if count == 1 and length and size % length == 0 else (count, size, apart)
+
+
 def copy_rows(stream: int, target: torch.Tensor, source: torch.Tensor) -> bool:
     """``target.copy_(source)`` without a kernel, between two GPUs; False, and nothing done, if they are not alike rows
-    of consecutive elements. Within one GPU the driver may use a kernel all the same."""
+    of consecutive elements that do not overlap; a tensor without gaps is like rows of any length. Within one GPU the
+    driver may use a kernel all the same."""
     to, of, size = rows_of(target), rows_of(source), source.element_size()
-    if to is None or of is None or to[:2] != of[:2]:
+    if to is None or of is None:
         return False
+    to, of = as_long(to, of[1]), as_long(of, to[1])
     rows, length, _ = to
+    apart = (to[2], of[2])
+    if of[:2] != (rows, length) or (rows > 1 and (min(apart) < length or max(apart) * size >= _MAX_PITCH)):
+        return False
     if rows == 1:
         status = _driver().cuMemcpyAsync(target.data_ptr(), source.data_ptr(), length * size, stream)
     else:

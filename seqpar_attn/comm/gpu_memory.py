@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .base import CommunicationError
+from .flags import is_behind, is_other_call
 from .gpu_driver import await_flag, copy_rows, fill, write_flag
 from .p2p import P2P
 from .shared_memory import shared_tensors
@@ -71,6 +72,8 @@ class GpuMemory:
         self._progress = torch.zeros(2, dtype=torch.int32).pin_memory()
         self._progress_base, self._exchanges = self._progress.data_ptr(), 0
         self._waits: deque[tuple[int, str, list[tuple[int, int, int]]]] = deque(maxlen=_REMEMBERED)
+        self._awaited = [0] * (4 * self.world_size)
+        """What each flag has been waited for last."""
         self._given_up = shared_tensors(self._handshake, "given-up", 1, torch.int32)
         self._error: str | None = None
         watch(self, timeout.total_seconds())
@@ -151,6 +154,7 @@ class GpuMemory:
 
     def await_own(self, flag: int, value: int, peer: int) -> None:
         self._waits[-1][2].append((flag, value, peer))
+        self._awaited[flag] = value
         await_flag(self._queue, self._flag_bases[self.rank] + 4 * flag, value)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -176,8 +180,11 @@ class GpuMemory:
             flags = self._flags.view(torch.int32).tolist()
         for number, where, waits in reversed(self._waits):
             if number == exchange:
-                open_ = sorted({peer for flag, value, peer in waits if flags[flag] - value < 0})
-                return f"rank {self.rank}: ranks {open_} in {where} (exchange {exchange})"
+                behind = [(flags[flag], value, peer) for flag, value, peer in waits if is_behind(flags[flag], value)]
+                others = sorted({peer for flag, value, peer in behind if is_other_call(flag, value)})
+                why = f", of which {others} are in the backward pass of another call," if others else ""
+                ranks = sorted({peer for *_, peer in behind})
+                return f"rank {self.rank}: ranks {ranks}{why} in {where} (exchange {exchange})"
         return f"rank {self.rank}: exchange {exchange}"
 
     def give_up(self, why: str) -> None:
@@ -186,5 +193,5 @@ class GpuMemory:
         aside = self._aside.cuda_stream
         if self._arena.numel():
             fill(aside, self._arena_bases[self.rank], self._arena.numel(), 0xFF)  # NaN as any float
-        for flag in range(4 * self.world_size):
-            write_flag(aside, self._flag_bases[self.rank] + 4 * flag, self._exchanges + _BEYOND)
+        for flag, value in enumerate(self._awaited):
+            write_flag(aside, self._flag_bases[self.rank] + 4 * flag, value + _BEYOND)

@@ -13,6 +13,7 @@ have a communicator of their own, lest those of the next step wait for them; glo
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -84,7 +85,8 @@ class P2P:
                 f"expected a group with a backend for {device.type} tensors, got {dist.get_backend(group)!r}"
             ) from cause
         self.staged = device.type == "cuda" and backend.name() == "gloo"
-        """Messages go through host memory, for which the host waits: gloo cannot send CUDA tensors peer to peer."""
+        """Messages go through host memory, for which the host waits, because gloo cannot send CUDA tensors peer to
+        peer: right for a few small ones (see :mod:`.transports`)."""
         self.timeout = timeout_of(backend)
         # As in dist.batch_isend_irecv, whose objects and checks per message cost more than the calls below it.
         self._coalesces = type(group) is dist.ProcessGroup and backend.supports_coalescing
@@ -97,6 +99,7 @@ class P2P:
             self.timeout,
             every_call=device.type == "cpu",
         )
+        self._calls = itertools.count()
         self._connected = device.type == "cpu" or self.staged or self.world_size == 1
 
     def open_slow(self) -> None:
@@ -117,6 +120,9 @@ class P2P:
     def group(self) -> dist.ProcessGroup | None:
         """None once it has been destroyed."""
         return self._group()
+
+    def count_call(self) -> int:
+        return next(self._calls)
 
     def give_way(self, why: str) -> bool:
         return False

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .base import CommunicationError
+from .flags import is_other_call
 from .handshake import Handshake
 from .p2p import P2P
 
@@ -63,7 +64,7 @@ class SharedMemory:
         self.rank, self.world_size = base.rank, base.world_size
         self._arenas: list[torch.Tensor] = []
         self._queue: list[Callable[[], None]] = []
-        self._flags = shared_tensors(self._handshake, "flags", 4 * self.world_size, torch.int32)
+        self._flags = shared_tensors(self._handshake, "flags", 4 * self.world_size, torch.int64)
 
     def allocate(self, size: int) -> torch.Tensor:
         self.close()
@@ -98,7 +99,14 @@ class SharedMemory:
             deadline = time.monotonic() + self.timeout
             while own[flag] < value:
                 if time.monotonic() > deadline:
-                    raise CommunicationError(f"rank {self.rank}: rank {peer} did not come within {self.timeout:g} s")
+                    other = (
+                        ", which is in the backward pass of another call,"
+                        if is_other_call(int(own[flag]), value)
+                        else ""
+                    )
+                    raise CommunicationError(
+                        f"rank {self.rank}: rank {peer}{other} did not come within {self.timeout:g} s"
+                    )
                 time.sleep(0)
 
         self._queue.append(read)

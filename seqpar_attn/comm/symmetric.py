@@ -2,9 +2,9 @@
 
 Every rank's slots lie in an arena that its peers have mapped, at the same places on every rank. A receiver says "ready"
 in the sender's flags when nothing uses the slots any more, the sender then copies and says "arrived" in the receiver's.
-Both are counters of exchanges between the two ranks. On GPUs streams write and wait for them and copy engines move the
-data, so that neither the host nor a multiprocessor takes part, and a persistent kernel of attention cannot keep a
-transfer waiting (docs/communication.md).
+Both are counters of exchanges between the two ranks (:mod:`.flags`). On GPUs streams write and wait for them and copy
+engines move the data, so that neither the host nor a multiprocessor takes part, and a persistent kernel of attention
+cannot keep a transfer waiting (docs/communication.md).
 
 No exchange can wait for ever on a rank that is at an earlier step: a rank says "ready" for a step before it waits for
 anything in it, and what it waits for in earlier steps its peers have posted by then. Slow exchanges are waited for in
@@ -22,13 +22,15 @@ import torch.distributed as dist
 
 from .arena import GrowingArena
 from .base import Handle, Message
+from .flags import awaited, told
 from .p2p import P2P
 
 
 class Fabric(Protocol):
     """Memory that all ranks of a group map, and a queue of one rank's copies and flags, beside the compute stream.
 
-    Flags are 32-bit counters, ``4 * world_size`` of them per rank, that only grow.
+    Flags are numbers, ``4 * world_size`` of them per rank, that only grow, by less than 2**30 at a time; of 32 bits at
+    least, which go round.
     """
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -76,10 +78,10 @@ class Fabric(Protocol):
 
 
 class Symmetric:
-    """``base``'s ranks, whose messages with a target go through ``fabric`` and all others through ``base``.
+    """``base``'s ranks, whose messages go through ``fabric``.
 
-    ``limit``: of the arena's bytes. ``yields``: where the arena cannot be had, all messages go through ``base`` from
-    there on, instead of an error.
+    ``limit``: of the arena's bytes. ``yields``: where the arena cannot be had, messages go through ``base`` from there
+    on, instead of an error.
     """
 
     name = "symmetric"
@@ -107,6 +109,9 @@ class Symmetric:
         else:  # NCCL, which nothing goes through, need not connect the ranks
             self.base.handshake.agree(fields, error)
 
+    def count_call(self) -> int:
+        return self.base.count_call()
+
     def give_way(self, why: str) -> bool:
         if self.yields and self.arena is not None:
             self.base.connect()
@@ -124,13 +129,16 @@ class Symmetric:
         receives: Sequence[Sequence[Message]],
         targets: Sequence[Sequence[Message]] | None = None,
         where: str = "an exchange",
+        call: int | None = None,
         *,
         slow: bool = False,
     ) -> Handle:
-        """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's."""
-        if targets is None:
-            self.base.connect()  # all ranks come here
+        """``targets[i][j]`` is where ``sends[i][j]`` belongs: a place in the own arena, meant in the peer's. ``call``:
+        the number of the forward call of whose backward pass this is part; peers that are in another one do not
+        come."""
+        if self.arena is None:
             return self.base.exchange(sends, receives, slow=slow)
+        assert targets is not None
         fabric = self.fabric
         ready = 2 * self.world_size if slow else 0
         arrived = ready + self.world_size
@@ -141,13 +149,13 @@ class Symmetric:
         fabric.begin(where)
         for peer in sources:
             self._expected[peer, slow] += 1
-            fabric.tell(peer, ready + self.rank, self._expected[peer, slow])
+            fabric.tell(peer, ready + self.rank, told(self._expected[peer, slow], call))
         for peer, copies in messages.items():
             self._sent[peer, slow] += 1
-            fabric.await_own(ready + peer, self._sent[peer, slow], peer)
+            fabric.await_own(ready + peer, awaited(self._sent[peer, slow], call), peer)
             for target, source in copies:
                 fabric.copy(fabric.there(peer, target), source)
-            fabric.tell(peer, arrived + self.rank, self._sent[peer, slow])
+            fabric.tell(peer, arrived + self.rank, told(self._sent[peer, slow], call))
         for peer in sources:
-            fabric.await_own(arrived + peer, self._expected[peer, slow], peer)
+            fabric.await_own(arrived + peer, awaited(self._expected[peer, slow], call), peer)
         return fabric.end()

@@ -145,7 +145,7 @@ def communicator(name: str, device: torch.device) -> Communicator:
 
 
 def peers(name: str, device: torch.device) -> P2P | Loopback:
-    """The named group's ranks for who agrees with them and moves nothing by itself; decides nothing."""
+    """The named group's ranks for who agrees with them and moves little; decides nothing, and asks nobody."""
     virtual = virtual_ranks(name)
     return _find(name, device).base if virtual is None else _loopback(virtual)
 

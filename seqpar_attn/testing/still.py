@@ -22,6 +22,12 @@ class Still:
     def exchange(self, sends: Any, receives: Any, *, slow: bool = False) -> Still:
         return self
 
+    def count_call(self) -> None:
+        pass
+
+    def give_way(self, why: str) -> bool:
+        return False
+
     def open_slow(self) -> None:
         pass
 
