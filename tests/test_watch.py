@@ -56,8 +56,9 @@ class Stream:
     [
         (Stream(7, 6), "rank 1 in exchange 7 did not come within 0.3 s"),
         (Stream(7, 7, failed=2), "rank 2 has given up"),
+        (Stream(7, 6, failed=2), "rank 2 has given up; rank 1 in exchange 7 had not come"),
     ],
-    ids=["stuck", "told"],
+    ids=["stuck", "told", "told while stuck"],
 )
 def test_it_gives_up_once_and_says_why(stream, why):
     with pytest.raises(CommunicationError, match=why):

@@ -79,7 +79,8 @@ def watch(watched: Watched, timeout: float) -> None:
             if patience.is_over(begun, done, time.monotonic()):
                 why = f"{it.explain(begun)} did not come within {timeout:g} s"
             elif peer is not None:
-                why = f"rank {peer} has given up"
+                # What this rank waits for may say more than what was too late for that one.
+                why = f"rank {peer} has given up" + (f"; {it.explain(begun)} had not come" if begun != done else "")
             if why is not None:
                 raise_in(thread, why)  # before all else: who gets the error from a call need not get it twice
                 it.give_up(why)
