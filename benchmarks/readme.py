@@ -97,8 +97,10 @@ RANKS = {
     "DistFlashAttn, copy engines": ("dist_flash, copy engines",),
     "zigzag, NCCL": ("zigzag",),
     "DistFlashAttn, NCCL": ("dist_flash",),
-    "Ulysses": ("ulysses",),
-    "USP": ("usp",),
+    "Ulysses, copy engines": ("ulysses, copy engines",),
+    "USP, copy engines": ("usp, copy engines",),
+    "Ulysses, NCCL": ("ulysses",),
+    "USP, NCCL": ("usp",),
     "ring-flash-attention": ("ring-flash-attention zigzag",),
     "torch context_parallel": ("torch context_parallel, all-gather", "torch context_parallel, all-to-all"),
 }
