@@ -189,6 +189,19 @@ def test_labels_out_of_range(label: int) -> None:
     check_call("linear", case, torch.bfloat16, "cuda")
 
 
+def test_numbers_of_any_type() -> None:
+    """An int where a float is meant, whichever comes first: kernels are kept by what they were compiled for."""
+    case = Case(tokens=64, vocab=9001, hidden=64)
+    labels, logits = make_labels(case, "cuda"), {"logits": make_logits(case, torch.bfloat16, "cuda")}
+    for softcap, z_loss in ((7, 1), (7.5, 1.5), (7, 1.5), (7.0, 1.0)):
+        numbers = dataclasses.replace(case, softcap=softcap, z_loss=z_loss)
+        truth = plain(logits, labels, numbers, torch.float64)
+        for inplace in (False, True):
+            got = ours(logits, labels, numbers, inplace=inplace)
+            assert abs(got["loss"] / truth["loss"] - 1) < 1e-5
+            assert (got["dlogits"] - truth["dlogits"]).norm() < 4e-3 * truth["dlogits"].norm()
+
+
 def test_cuda_graph() -> None:
     """Captured, the loss is replayed on new values."""
     hidden = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
@@ -205,6 +218,33 @@ def test_cuda_graph() -> None:
     hidden.copy_(torch.randn_like(hidden))
     graph.replay()
     assert torch.equal(loss, seqpar_attn.linear_cross_entropy(hidden, weight, labels))
+
+
+def test_cuda_graph_of_a_whole_step() -> None:
+    """Gradients too, of rows in several parts, whose words are zeroed in the graph."""
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(32000, (64,), device="cuda")
+    work = logits.clone().requires_grad_()
+
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            work.copy_(logits)
+        (grad,) = torch.autograd.grad(seqpar_attn.cross_entropy(work, labels, inplace=True), work)
+        return grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad = step()
+    for _ in range(3):
+        logits.copy_(torch.randn_like(logits))
+        graph.replay()
+        replayed = grad.clone()
+        assert torch.equal(replayed, step())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
