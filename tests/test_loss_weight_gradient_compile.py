@@ -16,13 +16,10 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from seqpar_attn.loss.triton import weight_gradient as ours  # noqa: E402
 
 
-def compile_kernel(first: bool, in_flight: int):
+def compile_kernel(first: bool, tile: ours.Tile):
     kernel = ours.weight_gradient_kernel
     boxes = {"dlogits": ("bf16", 64), "hidden": ("bf16", 256), "high": ("i16", 64), "low": ("u8", 64)}
-    constants = {
-        "FIRST": first, "STAGES": ours.STAGES, "IN_FLIGHT": in_flight, "REGISTERS": ours.REGISTERS,
-        "PRODUCER_REGISTERS": ours.PRODUCER_REGISTERS,
-    }  # fmt: skip
+    constants = {"FIRST": first, **tile.constants}
     signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
     for name, (dtype, columns) in boxes.items():
         signature[name] = f"tensordesc<{dtype}[64, {columns}],{ours.layout(8 if dtype == 'u8' else 16)!r}>"
@@ -32,14 +29,14 @@ def compile_kernel(first: bool, in_flight: int):
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={},
     )
-    options = {"num_warps": 4, "maxnreg": ours.MAXNREG}
+    options = {"num_warps": 4, "maxnreg": tile.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.parametrize("in_flight", [0, 1])
+@pytest.mark.parametrize("tile", [ours.Tile(groups, in_flight) for groups in (2, 3) for in_flight in (0, 1)], ids=str)
 @pytest.mark.parametrize("first", [True, False])
-def test_weight_gradient(first: bool, in_flight: int, tmp_path: Path) -> None:
-    compiled = compile_kernel(first, in_flight)
+def test_weight_gradient(first: bool, tile: ours.Tile, tmp_path: Path) -> None:
+    compiled = compile_kernel(first, tile)
     found = resources(compiled, tmp_path)
     assert found["shared"] <= 227 * 1024 and found["HGMMA"] > 0, found
     tma = tma_instructions(compiled, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm import P2P, Group, LoopbackGroup, group_name, peers
+from ..comm import P2P, Group, group_name, peers
 from ..kernels import accumulator_dtype
 from . import reference
 from .options import Options, check_options
@@ -56,6 +58,16 @@ def check_labels_like(name: str, x: Tensor, labels: Tensor) -> None:
         )
     if labels.device != x.device:
         raise ValueError(f"expected labels on the device of {name}, {x.device}, got {labels.device}")
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Products and sums in the dtypes that are asked for; costs nothing where autocast is off anyway."""
+    if not torch.is_autocast_enabled(device.type):
+        return _AS_IT_IS
+    return torch.autocast(device.type, enabled=False)
 
 
 def refuse_double_backward(kind: str) -> None:
@@ -144,7 +156,7 @@ def prepare(
             "expected group with tp_group and reduction 'mean' (the ranks that have other tokens; LoopbackGroup(1) if "
             "there are none), got None"
         )
-    tp = _peers("tp_group", tp_group if tp_group is not None else LoopbackGroup(1), x.device)
+    tp = _peers("tp_group", tp_group, x.device) if tp_group is not None else None
     peers = _peers("group", group, x.device) if reduction == "mean" else None
     if vocab_size is None:
         vocab_size = vocab * (tp.world_size if tp else 1)
@@ -153,22 +165,23 @@ def prepare(
     try:
         if error is not None:
             raise error
-        check_options(Options(vocab_size, **options), reduction, grad_reduction)
+        made = Options(vocab_size, **options)
+        check_options(made, reduction, grad_reduction)
         chosen = choose_rows(backend, x.device, x.dtype)
         piece = _slice(vocab, vocab_size, tp)
     except ValueError as complaint:
         error = complaint
-    common: dict[str, object] = {"loss": kind, "reduction": reduction, "grad_reduction": grad_reduction}
-    if tp is not None:
-        tp_fields = {"tokens": tuple(labels.shape), "dtype": x.dtype, **fields, "vocab_size": vocab_size, **options}
-        error = _agree(tp, common | tp_fields, error)
-    if peers is not None:
-        error = _agree(peers, common, error)
+    if tp is not None or peers is not None:
+        common: dict[str, object] = {"loss": kind, "reduction": reduction, "grad_reduction": grad_reduction}
+        if tp is not None:
+            tp_fields = {"tokens": tuple(labels.shape), "dtype": x.dtype, **fields, "vocab_size": vocab_size, **options}
+            error = _agree(tp, common | tp_fields, error)
+        if peers is not None:
+            error = _agree(peers, common, error)
     if error is not None:
         raise error
     assert chosen is not None
-    made = Options(vocab_size, **options)
-    flat = labels.reshape(-1)
+    flat = labels if labels.dim() == 1 else labels.reshape(-1)
     wide = accumulator_dtype(x.dtype)
     known = chosen.labels(flat, made, piece.start, vocab, wide)
     if peers is not None:
@@ -220,6 +233,10 @@ def _agree(comm: P2P, fields: dict[str, object], error: ValueError | None) -> Va
     return error
 
 
+_spare: dict[torch.device, list[tuple[Tensor, torch.cuda.Event]]] = collections.defaultdict(list)
+"""Pinned memory and events of calls that have been read: making them takes as long as a launch."""
+
+
 class Verdict:
     """Whether all labels are in range, found by the device and read once per call.
 
@@ -230,17 +247,23 @@ class Verdict:
 
     def __init__(self, counts: Tensor | None, labels: Tensor, options: Options) -> None:
         self._labels, self._options = labels, options
-        self._counts, self._event = counts, None
+        self._counts: Tensor | None = counts
+        self._event: torch.cuda.Event | None = None
+        self._device = labels.device
         if counts is None:
             return
         if counts.is_cuda:
             if torch.cuda.is_current_stream_capturing():  # a graph's replays cannot be asked
                 self._counts = None
                 return
-            self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            spare = _spare[counts.device]
+            try:
+                self._counts, self._event = spare.pop()
+            except IndexError:
+                self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+                self._event = torch.cuda.Event()
             self._counts.copy_(counts, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(counts.device))
         else:
             self.read()
 
@@ -251,7 +274,9 @@ class Verdict:
         if self._event is not None:
             self._event.synchronize()
         number = int(self._counts[1])
-        self._counts = None
+        if self._event is not None:
+            _spare[self._device].append((self._counts, self._event))
+        self._counts = self._event = None
         if not number:
             return
         labels, vocab_size = self._labels.long(), self._options.vocab_size

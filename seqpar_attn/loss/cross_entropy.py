@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..comm import Group
-from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward
+from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward, without_autocast
 
 Tensor = torch.Tensor
 
@@ -49,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.inplace:
             ctx.spent = True
             torch.autograd.graph.increment_version(logits)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             if ctx.ahead:
                 setup.rows.scale(logits, dloss)
                 return logits, None, None, None
@@ -158,7 +158,8 @@ def cross_entropy(
         check_labels=check_labels,
         fields={},
     )
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
+        # A view always: backward gives its argument away as a gradient, which must not be the caller's own tensor.
         flat = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
         if flat.stride(1) != 1 or (flat.shape[0] > 1 and flat.stride(0) < flat.shape[1]):
             flat = flat.contiguous()  # columns apart, or rows that share memory: also no place for a gradient

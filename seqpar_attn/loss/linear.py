@@ -10,7 +10,7 @@ import torch
 
 from ..comm import Group
 from ..kernels import accumulator_dtype
-from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward
+from .call import Setup, check_floats, check_labels_like, prepare, refuse_double_backward, without_autocast
 from .products import WeightSum, product
 
 Tensor = torch.Tensor
@@ -128,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("linear_cross_entropy")
         setup = ctx.setup
-        with torch.autocast(dloss.device.type, enabled=False):
+        with without_autocast(dloss.device):
             if setup.reduction != "none":
                 gradients, ctx.gradients = ctx.gradients, None
                 if gradients is None:
@@ -224,7 +224,7 @@ def linear_cross_entropy(
             "any requires grad": any(needs),
         },
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         flat = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
         loss = _LinearCrossEntropy.apply(flat, weight, bias, setup, needs, logits_bytes)
     setup.verdict.read()

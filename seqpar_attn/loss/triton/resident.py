@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from ...kernels.triton.common import LN2, LOG2E, cdiv
 from ...kernels.triton.hopper.adapter import gl, gluon, reinterpret, tanh, warpgroup_barrier
 from ..options import Options
+from .launching import launch
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _differentiate(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def resident_kernel(
-    logits, target, weight, statistics, grad, published, stride_row, stride_grad, tokens, columns,
+    logits, target, weight, statistics, grad, published, stride_row, stride_grad, columns, tokens,
     softcap, cap_inverse, uniform, hit, z_loss,
     SOFTCAP: gl.constexpr, SMOOTHING: gl.constexpr, Z_LOSS: gl.constexpr, ALIGNED: gl.constexpr,
     PARTS: gl.constexpr, CHUNKS: gl.constexpr, VECTOR: gl.constexpr, WARPS: gl.constexpr,
@@ -301,6 +302,7 @@ def launch_resident(
     part = part or choose(columns, itemsize)
     parts = cdiv(columns, part.columns(itemsize))
     smoothing, cap = options.label_smoothing > 0, options.softcap
+    scale = float(cap or 1.0)
     assert logits.stride(1) == 1 and out.stride(1) == 1 and statistics.stride() == (tokens, 1)
     published = target  # not touched
     if parts > 1:
@@ -308,9 +310,12 @@ def launch_resident(
     vector = 16 // itemsize
     aligned = not any(x.data_ptr() % 16 or x.stride(0) % vector for x in (logits, out))
     unit = vector if aligned else 1
-    resident_kernel[(tokens * parts,)](
-        logits, target, weight, statistics, out, published, logits.stride(0) // unit, out.stride(0) // unit,
-        tokens, columns, cap or 1.0, 1.0 / (cap or 1.0), options.uniform, 1.0 - options.label_smoothing,
-        options.z_loss, SOFTCAP=cap is not None, SMOOTHING=smoothing, Z_LOSS=options.z_loss > 0, ALIGNED=aligned,
-        PARTS=parts, CHUNKS=part.chunks, VECTOR=vector, WARPS=part.num_warps, num_warps=part.num_warps,
-    )  # fmt: skip
+    launch(
+        resident_kernel,
+        tokens * parts,
+        (logits, target, weight, statistics, out, published),
+        (logits.stride(0) // unit, out.stride(0) // unit, columns),
+        (tokens, scale, 1.0 / scale, options.uniform, 1.0 - options.label_smoothing, float(options.z_loss)),
+        (cap is not None, smoothing, options.z_loss > 0, aligned, parts, part.chunks, vector, part.num_warps),
+        part.num_warps,
+    )

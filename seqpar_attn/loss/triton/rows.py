@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ...kernels.triton.common import LN2, LOG2E, cdiv, tanh
 from ..options import Options
+from .launching import launch
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _differentiate(
 
 @triton.jit(do_not_specialize=["tokens"])
 def statistics_kernel(
-    logits, target, weight, statistics, stride_row, tokens, columns, softcap, cap_inverse,
+    logits, target, weight, statistics, stride_row, columns, tokens, softcap, cap_inverse,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -151,7 +152,7 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_kernel(
-    logits, target, weight, statistics, grad, stride_row, stride_grad, tokens, columns,
+    logits, target, weight, statistics, grad, stride_row, stride_grad, columns, tokens,
     softcap, cap_inverse, uniform, hit, z_loss,
     SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -188,12 +189,17 @@ def launch_statistics(
 ) -> None:
     tokens, columns = logits.shape
     block, cap = choose(columns, logits.element_size()), options.softcap
+    scale = float(cap or 1.0)
     assert logits.stride(1) == 1 and statistics.stride() == (tokens, 1)
-    statistics_kernel[(tokens,)](
-        logits, target, weight, statistics, logits.stride(0), tokens, columns, cap or 1.0, 1.0 / (cap or 1.0),
-        SOFTCAP=cap is not None, SMOOTHING=options.label_smoothing > 0, LANES=block.lanes, VECTOR=block.vector,
-        num_warps=block.num_warps,
-    )  # fmt: skip
+    launch(
+        statistics_kernel,
+        tokens,
+        (logits, target, weight, statistics),
+        (logits.stride(0), columns),
+        (tokens, scale, 1.0 / scale),
+        (cap is not None, options.label_smoothing > 0, block.lanes, block.vector),
+        block.num_warps,
+    )
 
 
 def launch_gradient(
@@ -207,13 +213,18 @@ def launch_gradient(
     """``out`` may be ``logits``."""
     tokens, columns = logits.shape
     block, cap = choose(columns, logits.element_size()), options.softcap
+    scale = float(cap or 1.0)
     assert logits.stride(1) == 1 and out.stride(1) == 1 and statistics.stride() == (tokens, 1)
-    gradient_kernel[(tokens,)](
-        logits, target, weight, statistics, out, logits.stride(0), out.stride(0), tokens, columns,
-        cap or 1.0, 1.0 / (cap or 1.0), options.uniform, 1.0 - options.label_smoothing, options.z_loss,
-        SOFTCAP=cap is not None, Z_LOSS=options.z_loss > 0, LANES=block.lanes, VECTOR=block.vector,
-        num_warps=block.num_warps,
-    )  # fmt: skip
+    smoothing = options.label_smoothing
+    launch(
+        gradient_kernel,
+        tokens,
+        (logits, target, weight, statistics, out),
+        (logits.stride(0), out.stride(0), columns),
+        (tokens, scale, 1.0 / scale, options.uniform, 1.0 - smoothing, float(options.z_loss)),
+        (cap is not None, options.z_loss > 0, block.lanes, block.vector),
+        block.num_warps,
+    )
 
 
 SCALE_BLOCK = 4096
@@ -238,5 +249,5 @@ def scale_kernel(x, factor, stride_row, columns, tiles, BLOCK: tl.constexpr):
 def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     tokens, columns = x.shape
     tiles = tokens * cdiv(columns, SCALE_BLOCK)
-    grid = (min(tiles, SCALE_PROGRAMS),)
-    scale_kernel[grid](x, factor, x.stride(0), columns, tiles, BLOCK=SCALE_BLOCK)
+    programs = min(tiles, SCALE_PROGRAMS)
+    launch(scale_kernel, programs, (x, factor), (x.stride(0), columns), (tiles,), (SCALE_BLOCK,))

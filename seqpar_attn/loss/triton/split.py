@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ...kernels.triton.common import cdiv
+from .launching import launch
 
 BLOCK = 4096
 FINISH_PROGRAMS = 2048
@@ -78,12 +79,12 @@ def launch_add(high: torch.Tensor, low: torch.Tensor, addend: torch.Tensor, firs
     """``high``: int16, ``low``: int16 or uint8, ``addend``: float32; contiguous, of one shape."""
     assert addend.is_contiguous() and addend.shape == high.shape
     count = high.numel()
-    grid = (cdiv(count, BLOCK),)
-    add_split_kernel[grid](high, low, addend, count, FIRST=first, LOW_BITS=_bits(high, low), BLOCK=BLOCK, num_warps=8)
+    programs, bits = cdiv(count, BLOCK), _bits(high, low)
+    launch(add_split_kernel, programs, (high, low, addend), (count,), (), (first, bits, BLOCK), num_warps=8)
 
 
 def launch_finish(high: torch.Tensor, low: torch.Tensor, factor: torch.Tensor) -> None:
     """``factor``: one float32 number on the device."""
     count = high.numel()
-    grid = (min(cdiv(count, BLOCK), FINISH_PROGRAMS),)
-    finish_split_kernel[grid](high, low, factor, count, LOW_BITS=_bits(high, low), BLOCK=BLOCK, num_warps=8)
+    programs = min(cdiv(count, BLOCK), FINISH_PROGRAMS)
+    launch(finish_split_kernel, programs, (high, low, factor), (count,), (), (_bits(high, low), BLOCK), num_warps=8)

@@ -8,13 +8,14 @@ import triton.language as tl
 
 from ...kernels.triton.common import LN2, cdiv
 from ..options import Options
+from .launching import launch
 
 BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "columns", "vocab_size", "ignore_index"])
 def labels_kernel(
-    labels, target, live, counts, tokens, ignore_index, vocab_size, start, columns, BLOCK: tl.constexpr
+    labels, target, live, counts, ignore_index, vocab_size, start, columns, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < tokens
@@ -39,9 +40,8 @@ def launch_labels(
     live = torch.empty(tokens, dtype=torch.float32, device=device)
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     if tokens:
-        labels_kernel[(cdiv(tokens, BLOCK),)](
-            labels, target, live, counts, tokens, ignore_index, vocab_size, start, columns, BLOCK=BLOCK
-        )
+        numbers = (ignore_index, vocab_size, start, columns)  # which may have 64 bits
+        launch(labels_kernel, cdiv(tokens, BLOCK), (labels, target, live, counts), numbers, (tokens,), (BLOCK,))
     return target, live, counts
 
 
@@ -60,7 +60,8 @@ def launch_weights(live: torch.Tensor, counts: torch.Tensor, times: int) -> tupl
     """``live: [tokens]`` float32, ``counts: [2]`` int64."""
     tokens = live.shape[0]
     factor, weight = live.new_empty(()), torch.empty_like(live)
-    weights_kernel[(max(1, cdiv(tokens, BLOCK)),)](live, counts, factor, weight, tokens, float(times), BLOCK=BLOCK)
+    programs = max(1, cdiv(tokens, BLOCK))
+    launch(weights_kernel, programs, (live, counts, factor, weight), (), (tokens, float(times)), (BLOCK,))
     return factor, weight
 
 
@@ -111,9 +112,9 @@ def loss_kernel(
     tl.store(out, tl.sum(sums, 0) * tl.load(factor))
 
 
-def _arguments(options: Options) -> tuple[tuple[float, float, float], dict[str, bool]]:
-    numbers = (1.0 - options.label_smoothing, options.uniform, options.z_loss)
-    return numbers, {"SMOOTHING": options.label_smoothing > 0, "Z_LOSS": options.z_loss > 0}
+def _arguments(options: Options, block: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    numbers = (1.0 - options.label_smoothing, options.uniform, float(options.z_loss))
+    return numbers, (options.label_smoothing > 0, options.z_loss > 0, block)
 
 
 def launch_losses(statistics: torch.Tensor, weight: torch.Tensor, options: Options) -> torch.Tensor:
@@ -121,8 +122,8 @@ def launch_losses(statistics: torch.Tensor, weight: torch.Tensor, options: Optio
     tokens = weight.shape[0]
     out = torch.empty_like(weight)
     if tokens:
-        numbers, constants = _arguments(options)
-        losses_kernel[(cdiv(tokens, BLOCK),)](statistics, weight, out, tokens, *numbers, **constants, BLOCK=BLOCK)
+        numbers, constants = _arguments(options, BLOCK)
+        launch(losses_kernel, cdiv(tokens, BLOCK), (statistics, weight, out), (), (tokens, *numbers), constants)
     return out
 
 
@@ -132,8 +133,7 @@ LOSS_BLOCK = 4096
 def launch_loss(statistics: torch.Tensor, weight: torch.Tensor, options: Options, factor: torch.Tensor) -> torch.Tensor:
     """``factor``: one float32 number on the device."""
     out = weight.new_empty(())
-    numbers, constants = _arguments(options)
-    loss_kernel[(1,)](
-        statistics, weight, factor, out, weight.shape[0], *numbers, **constants, BLOCK=LOSS_BLOCK, num_warps=16
-    )
+    numbers, constants = _arguments(options, LOSS_BLOCK)
+    arrays = (statistics, weight, factor, out)
+    launch(loss_kernel, 1, arrays, (), (weight.shape[0], *numbers), constants, num_warps=16)
     return out
