@@ -143,7 +143,8 @@ def _differentiate(
     return dz
 
 
-@gluon.jit(do_not_specialize=["tokens"])
+# Not for strides or columns of 1, either: rows of one word, known as such, are more than its compiler can take.
+@gluon.jit(do_not_specialize=["stride_row", "stride_grad", "tokens", "columns"])
 def resident_kernel(
     logits, target, weight, statistics, grad, published, stride_row, stride_grad, columns, tokens,
     softcap, cap_inverse, uniform, hit, z_loss,
