@@ -243,7 +243,8 @@ def test_cuda_graph_of_a_whole_step() -> None:
     for _ in range(3):
         logits.copy_(torch.randn_like(logits))
         graph.replay()
-        replayed = grad.clone()
+        with torch.no_grad():  # a gradient that lies in its leaf, which has been written again
+            replayed = grad.clone()
         assert torch.equal(replayed, step())
 
 
@@ -335,7 +336,5 @@ def test_weight_gradient_rounds_as_the_split_sum_does(groups: int) -> None:
         launch_weight_gradient(a, b, *got, chunk == 0, Tile(groups, 1))
         add_split(*wanted, a.float().t() * b.float(), chunk == 0)
         x, y = (((a.int() << 16) + (b.view(torch.int8).int() << 8)).view(torch.float32) for a, b in (got, wanted))
-        # A tie, of which there are few, may go either way; a later sum may cancel.
-        torch.testing.assert_close(x, y, rtol=2.0**-15, atol=2.0**-10, equal_nan=True)
-        assert ((x == y) | y.isnan()).float().mean() > 0.97
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
         assert 0 < y.isnan().sum() < y.numel() / 8 and y.isinf().any()

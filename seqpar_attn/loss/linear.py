@@ -186,7 +186,7 @@ def linear_cross_entropy(
         logits_bytes: most memory for logits, and for their gradients, which take the same place; one token's are always
             there. Fewer chunks are faster: each adds to the whole gradient of the weight once. Beside it, beyond the
             gradients themselves, there are 4 bytes per element of ``hidden`` and 1 (other dtypes and backends: 4) per
-            element of ``weight``, and 32 MiB.
+            element of ``weight``, and 32 MiB where no kernel multiplies and adds in one.
 
     All others, result and errors as in :func:`cross_entropy`.
     """

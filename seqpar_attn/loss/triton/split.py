@@ -29,11 +29,12 @@ def _join(high, low, LOW_BITS: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, DROPPED: tl.constexpr):
-    """The bits of float32 ``x``, to nearest even at the bit ``DROPPED``; NaN stays NaN, with no low bits."""
+def _rounded(x, DROPPED: tl.constexpr, EVEN: tl.constexpr):
+    """The bits of float32 ``x``, to nearest at the bit ``DROPPED``, ties to even or away from zero; NaN stays NaN, with
+    no low bits."""
     bits = x.to(tl.int32, bitcast=True)
     if DROPPED > 0:
-        bits += ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)
+        bits += ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1) if EVEN else 1 << (DROPPED - 1)
     return tl.where(x == x, bits, 0x7FC00000)
 
 
@@ -49,7 +50,7 @@ def add_split_kernel(high, low, addend, count, FIRST: tl.constexpr, LOW_BITS: tl
         old_high = tl.load(high + index, mask=exists, other=0)
         old_low = tl.load(low + index, mask=exists, other=0)
         total += _join(old_high, old_low, LOW_BITS)
-    bits = _rounded(total, 16 - LOW_BITS)
+    bits = _rounded(total, 16 - LOW_BITS, False)  # as in the kernel that multiplies, too
     tl.store(high + index, ((bits + 0x8000) >> 16).to(tl.int16), mask=exists)
     tl.store(low + index, (bits >> (16 - LOW_BITS)).to(low.dtype.element_ty), mask=exists)
 
@@ -66,7 +67,7 @@ def finish_split_kernel(high, low, factor, count, LOW_BITS: tl.constexpr, BLOCK:
             old_high = tl.load(high + index, mask=exists, other=0)
             old_low = tl.load(low + index, mask=exists, other=0)
             value = _join(old_high, old_low, LOW_BITS) * f
-            tl.store(high + index, (_rounded(value, 16) >> 16).to(tl.int16), mask=exists)
+            tl.store(high + index, (_rounded(value, 16, True) >> 16).to(tl.int16), mask=exists)
 
 
 def _bits(high: torch.Tensor, low: torch.Tensor) -> int:
