@@ -82,10 +82,10 @@ _H100 = Gpu(
         ),
         256: Attention(((16384, 801.0),), ((16384, 451.0),)),
     },
-    gemm_tflops=686.0,
+    gemm_tflops=708.0,
     copy_gbps=3010.0,
     host_gbps=50.0,
-    head=((32000, 615.0), (128256, 538.0)),
+    head=((32000, 662.0), (128256, 651.0)),
     launch_us=20.0,
     sources={
         "memory_gib": "measured: what torch reports",
