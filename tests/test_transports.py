@@ -15,7 +15,7 @@ from attention_cases import METHODS, check_exact, make_inputs, run, truth, unsha
 import seqpar_attn
 from seqpar_attn import LoopbackGroup
 from seqpar_attn.comm import communicator, set_transport, transport, transports
-from seqpar_attn.comm.choice import Facts, choose
+from seqpar_attn.comm.choice import Facts, choose, usual_limit
 from seqpar_attn.testing.distributed import RankPool
 
 DEVICE = torch.device("cpu")
@@ -26,7 +26,7 @@ DEVICE = torch.device("cpu")
 def facts(count=4, **odd):
     """Ranks of one host whose GPUs all reach each other; ``odd``: what is different on the last one."""
     gpus = tuple(f"gpu{i}" for i in range(count))
-    usual = [Facts("host", gpu, gpus, tuple(x for x in gpus if x != gpu), "2.13.0") for gpu in gpus]
+    usual = [Facts("host", gpu, gpus, tuple(x for x in gpus if x != gpu), "2.13.0", 80 << 30) for gpu in gpus]
     return [*usual[:-1], Facts(**vars(usual[-1]) | odd)]
 
 
@@ -55,10 +55,17 @@ def test_what_keeps_a_group_from_it(odd, words):
 
 def test_a_backend_that_cannot_send_between_gpus():
     """gloo: several ranks may share a GPU; all else is as before."""
-    shared = [Facts("host", "gpu0", ("gpu0",), (), "2.13.0", sends=False) for _ in range(3)]
+    shared = [Facts("host", "gpu0", ("gpu0",), (), "2.13.0", 80 << 30, sends=False) for _ in range(3)]
     assert choose(shared).name == "symmetric" and "share" in choose(shared).reason
     apart = [Facts(**vars(x) | {"host": x.gpu}) for x in facts()]
     assert choose(apart).name == "p2p"
+
+
+def test_a_limit_that_nobody_set():
+    """Of the smallest GPU; none where there is no other transport."""
+    assert usual_limit(facts()) == 5 << 30
+    assert usual_limit(facts(memory=40 << 30)) == 5 << 29
+    assert usual_limit([Facts(**vars(x) | {"sends": False}) for x in facts()]) is None
 
 
 # Real ranks ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SHARE = "several ranks share a GPU"
+MEMORY_SHARE = 1 / 16
+"""Of a GPU's memory, what peers may write into where nobody set a limit: 5 GiB of 80. It is kept between calls, too, so a
+run that fits with "p2p" could fail by it; and who needs more computes so much per transfer that transports hardly
+differ."""
 
 
 class Choice(NamedTuple):
@@ -32,6 +36,8 @@ class Facts:
     """Those of them whose memory its own GPU can address."""
     torch: str
     """Its version: ranks set up what they share by torch's own protocol."""
+    memory: int
+    """Bytes of its GPU."""
     sends: bool = True
     """Whether the group's backend sends from GPU to GPU (NCCL). If not, there is no other transport."""
     lacks: str | None = None
@@ -48,6 +54,11 @@ def choose(facts: Sequence[Facts]) -> Choice:
     if len({x.gpu for x in facts}) < len(facts):
         return Choice("symmetric", f"{SHARE}, and the group's backend does not send from GPU to GPU")
     return Choice("symmetric", f"{len(facts)} GPUs of one host with access to each other's memory")
+
+
+def usual_limit(facts: Sequence[Facts]) -> int | None:
+    """Of an arena for which nobody set one, in bytes. None where there is no other transport to go to."""
+    return int(min(x.memory for x in facts) * MEMORY_SHARE) if all(x.sends for x in facts) else None
 
 
 def _obstacle(facts: Sequence[Facts]) -> str | None:

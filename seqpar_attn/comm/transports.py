@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from .base import Communicator, SetUpError
-from .choice import Choice, Facts, choose
+from .choice import Choice, Facts, choose, usual_limit
 from .gpu_memory import GpuMemory
 from .groups import Group, group_name, process_group, virtual_ranks
 from .handshake import Handshake
@@ -84,8 +84,9 @@ def set_transport(group: Group, transport: str, limit: int | None = None) -> Non
     CPUs; :func:`transport` says which and why.
 
     ``limit``: how many bytes each rank may keep for what its peers write; by default as many as the environment
-    variable SEQPAR_ATTN_ARENA_LIMIT says, or as are needed. A call that needs more is a ValueError on every rank and,
-    with "auto", ends the use of "symmetric".
+    variable SEQPAR_ATTN_ARENA_LIMIT says or else, with "auto", a sixteenth of the smallest GPU's memory and, with
+    "symmetric", as many as are needed. A call that needs more is a ValueError on every rank; with "auto" it ends the
+    use of "symmetric" instead, from that call on.
 
     ValueError on every rank for other arguments or different ones, virtual ranks, or "symmetric" on several hosts.
     """
@@ -216,7 +217,8 @@ def _agreed(base: P2P, asked: _Asked) -> tuple[Choice, int | None]:
     if facts is None:
         return Choice("symmetric", _SET), limit
     lists = ("sees", "reaches")
-    return choose([Facts(**x | {name: tuple(x[name]) for name in lists}) for x in everyones]), limit
+    known = [Facts(**x | {name: tuple(x[name]) for name in lists}) for x in everyones]
+    return choose(known), usual_limit(known) if limit is None else limit
 
 
 def _facts(base: P2P) -> Facts:
@@ -228,6 +230,7 @@ def _facts(base: P2P) -> Facts:
         sees=tuple(uuids),
         reaches=tuple(x for i, x in enumerate(uuids) if i != own and torch.cuda.can_device_access_peer(own, i)),
         torch=torch.__version__,
+        memory=torch.cuda.get_device_properties(own).total_memory,
         sends=not base.staged,
         lacks=_lacking(),
         capturing=torch.cuda.is_current_stream_capturing(),
