@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 SHARE = "several ranks share a GPU"
 MEMORY_SHARE = 1 / 16
-"""Of a GPU's memory, what peers may write into where nobody set a limit: 5 GiB of 80. It is kept between calls, too, so a
-run that fits with "p2p" could fail by it; and who needs more computes so much per transfer that transports hardly
-differ."""
+"""Of a GPU's memory, what peers may write into where nobody set a limit: 5 GiB of 80. It is kept between calls, too, so
+that a run which fits with "p2p" could fail by it; and who needs more computes so much per transfer that transports
+hardly differ."""
 
 
 class Choice(NamedTuple):
