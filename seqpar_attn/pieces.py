@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,11 @@ class Field(NamedTuple):
     dim: int
 
 
+_TOGETHER = 256 << 20
+"""Bytes up to which all that comes and goes is one storage: each costs the host some microseconds per pass, which long
+passes have, and what is larger is better not asked of the allocator in one piece."""
+
+
 class Pieces:
     """Tensors are numbered: those that are given, those that are returned (both new every time), then the scratch, of
     which neighbours that are alike lie next to each other.
@@ -63,23 +68,21 @@ class Pieces:
         """Between ``begin`` and ``end``."""
         self.views: list[Tensors | None] = [None] * len(program.views)
         """None: pieces of what is given or returned, not made yet."""
+        self._memory: list[tuple[Callable[[int], Any], int]] = []
+        """What resizes a storage, and its bytes."""
         self._returned = returned
         self._shapes = [*((x.shape, x.dtype) for x in given), *returned, *scratch]
         # Not in inference mode, whose tensors nobody may write later outside of it, and without gradients.
         with torch.inference_mode(False), torch.no_grad():
-            together = [([len([*same]), *shape], dtype) for (shape, dtype), same in groupby(scratch)]
-            slots = bytes_of([x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)])
-            # One storage for all that comes and goes: each costs the host some microseconds per pass.
-            self._size = bytes_of(together) + (0 if reserve else slots)
-            memory = torch.empty(self._size, dtype=torch.uint8, device=self.device)
-            self._storage = memory.untyped_storage()
-            cut = Cutter(memory)
-            self._scratch = [x for shape in together for x in cut(*shape).unbind()]
+            alike: list[Shape] = [([len([*same]), *shape], dtype) for (shape, dtype), same in groupby(scratch)]
+            slots = [x for (_, kind), count in program.slots.items() for x in self._slot_shapes(kind, count)]
+            cut = self._allocate(alike + (slots if reserve is None else []))
+            self._scratch = [x for shape in alike for x in cut(*shape).unbind()]
             self._slots: dict[tuple[int, Kind], Tensors] = {}
             self._first_base: dict[tuple[int, Kind], int] = {}
             number = len(self._shapes)
             if reserve is not None:
-                cut = Cutter(reserve(slots))
+                cut = Cutter(reserve(bytes_of(slots)))
             for key, count in program.slots.items():
                 self._slots[key] = self._make_slots(key[1], count, cut)
                 self._first_base[key] = number
@@ -89,6 +92,18 @@ class Pieces:
         self.foreign = [index for index, pieces in enumerate(self.views) if pieces is None]
         self._cuts = {index: self._how_to_cut(index) for index in self.foreign}
         self.end()
+
+    def _allocate(self, shapes: Sequence[Shape]) -> Callable[[Sequence[int], torch.dtype], torch.Tensor]:
+        """What makes these, one call for each in their order."""
+
+        def memory(size: int) -> torch.Tensor:
+            x = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._memory.append((x.untyped_storage().resize_, size))
+            return x
+
+        if bytes_of(shapes) <= _TOGETHER:
+            return Cutter(memory(bytes_of(shapes)))
+        return lambda *shape: Cutter(memory(bytes_of([shape])))(*shape)
 
     def _slot_shapes(self, kind: Kind, count: int) -> list[Shape]:
         """``[count, ...]`` shards per field that travels, or ``[count, fields, ...]`` if all are alike."""
@@ -101,7 +116,7 @@ class Pieces:
             return [([count, fields, *shape], dtype)]
         return [([count, *shape], dtype) for shape, dtype in shapes]
 
-    def _make_slots(self, kind: Kind, count: int, cut: Cutter) -> Tensors:
+    def _make_slots(self, kind: Kind, count: int, cut: Callable[..., torch.Tensor]) -> Tensors:
         """``[count, ...]`` shards per field that travels; those of a slot next to each other if all are alike."""
         made = [cut(*shape) for shape in self._slot_shapes(kind, count)]
         return made if len(made) == len(self.travels[kind]) else made[0].unbind(1)
@@ -128,7 +143,8 @@ class Pieces:
 
     def begin(self, given: Tensors) -> list[torch.Tensor]:
         """What is returned, not filled yet."""
-        self._storage.resize_(self._size)
+        for resize, size in self._memory:
+            resize(size)
         returned = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._returned]
         self.tensors = [*given, *returned, *self._scratch]
         return returned
@@ -138,7 +154,8 @@ class Pieces:
         for index in self.foreign:
             self.views[index] = None
         self.tensors = []
-        self._storage.resize_(0)
+        for resize, _ in self._memory:
+            resize(0)
 
     def view(self, index: int) -> Tensors:
         pieces = self.views[index]

@@ -10,7 +10,7 @@ import torch
 from attention_cases import METHODS
 from test_tape import Recorded, _passes
 
-from seqpar_attn import passes
+from seqpar_attn import passes, pieces
 from seqpar_attn import plan as plans
 from seqpar_attn.comm.loopback import Loopback
 from seqpar_attn.kernels.reference import ReferenceKernel
@@ -44,10 +44,12 @@ def equal(got, expected):
     return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("together", [0, 1 << 40], ids=["storages", "storage"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_rounded_gradients_replayed(method, batch):
+def test_rounded_gradients_replayed(method, batch, together, monkeypatch):
     """In half precision dk and dv have accumulators, which are added to together."""
+    monkeypatch.setattr(pieces, "_TOGETHER", together)
     name = method.function.removesuffix("_attention")
     per_host = method.ranks_per_host(4)
     call = Call(name, method.transfer, method.layout, True, None, None, None, 0.25, "auto", False, per_host)
@@ -60,12 +62,16 @@ def test_rounded_gradients_replayed(method, batch):
     assert kernel.replayed > 0
 
 
-def test_memory_between_passes_is_given_back():
+@pytest.mark.parametrize("together", [0, 1 << 40], ids=["storages", "storage"])
+def test_memory_between_passes_is_given_back(together, monkeypatch):
+    monkeypatch.setattr(pieces, "_TOGETHER", together)
     plan, inputs = plan_of(), inputs_of(torch.bfloat16)
     for _ in range(2):
         _passes(Recorded(), plan, CALL, 4, inputs)
         own = [x for played in waiting(plan) for x in (*played.pieces._scratch, *played.pieces._bases())]
         assert len(waiting(plan)) >= 2 and own
+        storages = {len(played.pieces._memory) for played in waiting(plan)}
+        assert storages == {1} if together else min(storages) > 1
         assert all(x.untyped_storage().nbytes() == 0 for x in own)
 
 
