@@ -33,8 +33,9 @@ def compile_kernel(first: bool, tile: ours.Tile):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.parametrize("tile", [ours.Tile(groups, in_flight) for groups in (2, 3) for in_flight in (0, 1)], ids=str)
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "first, tile", [(True, ours.Tile(3, 1)), (False, ours.Tile(3, 1)), (False, ours.Tile(2, 1))], ids=str
+)
 def test_weight_gradient(first: bool, tile: ours.Tile, tmp_path: Path) -> None:
     compiled = compile_kernel(first, tile)
     found = resources(compiled, tmp_path)
