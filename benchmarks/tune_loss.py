@@ -4,8 +4,8 @@
 
 Per vocabulary: the kernel that reads rows once in several sizes, as a share of the rate of a copy of as many bytes,
 checked against two passes of two kernels; a whole cross_entropy call, and the host's part of it. Then the gradient of a
-weight, chunk by chunk, in several tiles, against cuBLAS and an addition; then linear_cross_entropy by kernel. Prints
-only; what fails is printed, and costs nothing else.
+weight, chunk by chunk, in several orders of tiles, against cuBLAS and an addition; then linear_cross_entropy by kernel.
+Prints only (results/loss/tune.txt); what fails is printed, and costs nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from seqpar_attn.loss.triton.rows import launch_gradient, launch_statistics
 ROWS = [(16384, 32000), (16384, 128256), (8192, 262144)]
 PARTS = [(8, 4), (4, 8), (16, 4)]
 """Chunks and warps of a part; the first is the default."""
-TILES = {True: [(2, 1), (3, 1)], False: [(2, 1), (3, 1), (3, 0)]}
 """Of a first chunk and of a later one. Compiling each takes seconds."""
 
 
@@ -155,24 +154,23 @@ def weight_gradient(vocab: int, tokens: int) -> None:
     truth = dlogits[:, some].double().t() @ hidden.double()
     plain_band = one_kernel.band_of(width // one_kernel.WIDTH, 2 * tokens * width)
     for first in (True, False):
-        for tile in (one_kernel.Tile(*numbers) for numbers in TILES[first]):
-            for band in (16, 8):
+        for band in (16, 8):
 
-                def fused(tile: one_kernel.Tile = tile, first: bool = first, band: int = band) -> None:
-                    with unittest.mock.patch.object(one_kernel, "band_of", lambda *sizes: band):
-                        one_kernel.launch_weight_gradient(dlogits, hidden, high, low, first, tile)
+            def fused(first: bool = first, band: int = band) -> None:
+                with unittest.mock.patch.object(one_kernel, "band_of", lambda *sizes: band):
+                    one_kernel.launch_weight_gradient(dlogits, hidden, high, low, first)
 
-                def right(first: bool = first, fused: Callable[..., None] = fused) -> None:
-                    high.fill_(0x7FFF if first else 0), low.fill_(255 if first else 0)
-                    for _ in range(1 if first else 2):
-                        fused()
-                    got = ((high[some].int() << 16) + (low[some].view(torch.int8).int() << 8)).view(torch.float32)
-                    wanted = truth if first else 2 * truth
-                    error = ((got - wanted).norm() / wanted.norm()).item()
-                    assert error < 2e-5, error
+            def right(first: bool = first, fused: Callable[..., None] = fused) -> None:
+                high.fill_(0x7FFF if first else 0), low.fill_(255 if first else 0)
+                for _ in range(1 if first else 2):
+                    fused()
+                got = ((high[some].int() << 16) + (low[some].view(torch.int8).int() << 8)).view(torch.float32)
+                wanted = truth if first else 2 * truth
+                error = ((got - wanted).norm() / wanted.norm()).item()
+                assert error < 2e-5, error
 
-                chosen = "  <- chosen" if tile == one_kernel.choose(tokens) and band == plain_band else ""
-                report(f"one kernel, first={first}, {tile}, band {band}{chosen}", alone, fused, right, 5)
+            chosen = "  <- chosen" if band == plain_band else ""
+            report(f"one kernel, first={first}, band {band}{chosen}", alone, fused, right, 5)
 
 
 def linear(vocab: int) -> None:

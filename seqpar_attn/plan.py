@@ -74,18 +74,7 @@ class Plan:
         return mask
 
 
-@functools.lru_cache(maxsize=32)
-def _make_plan(
-    method: str,
-    transfer: str,
-    layout: str,
-    world_size: int,
-    mask: Mask,
-    owners: int,
-    own_last: bool,
-    ranks_per_host: int | None,
-) -> Plan:
-    return Plan(method, transfer, layout, world_size, mask, owners, own_last, ranks_per_host)
+_make_plan = functools.lru_cache(maxsize=32)(Plan)
 
 
 def make_plan(

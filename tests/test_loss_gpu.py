@@ -292,11 +292,10 @@ def test_weight_gradient_in_one_kernel(vocab: int, width: int, tokens: int) -> N
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper only")
-    from seqpar_attn.loss.triton.weight_gradient import Tile, launch_weight_gradient, serves
+    from seqpar_attn.loss.triton.weight_gradient import launch_weight_gradient, serves
 
-    tiles = [Tile(groups, in_flight) for groups in (2, 3) for in_flight in (0, 1)]
-    high = torch.full((len(tiles), vocab + 1, width), 0x7FFF, dtype=torch.int16, device="cuda")
-    low = torch.full((len(tiles), vocab + 1, width), 99, dtype=torch.uint8, device="cuda")
+    high = torch.full((vocab + 1, width), 0x7FFF, dtype=torch.int16, device="cuda")
+    low = torch.full((vocab + 1, width), 99, dtype=torch.uint8, device="cuda")
     truth = torch.zeros(vocab, width, dtype=torch.float64, device="cuda")
     for chunk in range(3):
         dlogits = torch.full((tokens + 1, -(-vocab // 16) * 16 + 16), float("nan"), device="cuda").bfloat16()
@@ -305,24 +304,22 @@ def test_weight_gradient_in_one_kernel(vocab: int, width: int, tokens: int) -> N
         hidden[:tokens] = torch.randn(tokens, width, device="cuda")
         a, b = dlogits[:tokens, :vocab], hidden[:tokens]
         truth += a.double().t() @ b.double()
-        for tile, upper, lower in zip(tiles, high, low):
-            launch_weight_gradient(a, b, upper[:vocab], lower[:vocab], chunk == 0, tile)
-            bits = (upper[:vocab].int() << 16) + (lower[:vocab].view(torch.int8).int() << 8)
-            assert (bits.view(torch.float32) - truth).norm() < (chunk + 1) * 1e-5 * truth.norm(), tile
-            assert (upper[vocab] == 0x7FFF).all() and (lower[vocab] == 99).all(), tile
-    assert add_product(high[0, :vocab], low[0, :vocab], a, b, True)
+        launch_weight_gradient(a, b, high[:vocab], low[:vocab], chunk == 0)
+        bits = (high[:vocab].int() << 16) + (low[:vocab].view(torch.int8).int() << 8)
+        assert (bits.view(torch.float32) - truth).norm() < (chunk + 1) * 1e-5 * truth.norm()
+        assert (high[vocab] == 0x7FFF).all() and (low[vocab] == 99).all()
+    assert add_product(high[:vocab], low[:vocab], a, b, True)
     # What the copy engine cannot read.
-    assert not serves(dlogits[:tokens, 1 : vocab + 1], b, low[0, :vocab])
+    assert not serves(dlogits[:tokens, 1 : vocab + 1], b, low[:vocab])
 
 
-@pytest.mark.parametrize("groups", [2, 3])
-def test_weight_gradient_rounds_as_the_split_sum_does(groups: int) -> None:
+def test_weight_gradient_rounds_as_the_split_sum_does() -> None:
     """One token: the products are exact, so what is rounded is known. NaN, infinities and zeros among them."""
     from seqpar_attn.loss.triton import add_split
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper only")
-    from seqpar_attn.loss.triton.weight_gradient import Tile, launch_weight_gradient
+    from seqpar_attn.loss.triton.weight_gradient import launch_weight_gradient
 
     got = (
         torch.empty(400, 512, dtype=torch.int16, device="cuda"),
@@ -333,7 +330,7 @@ def test_weight_gradient_rounds_as_the_split_sum_does(groups: int) -> None:
     for chunk in range(6):
         a, b = (torch.randn(1, n, device="cuda").bfloat16() for n in (400, 512))
         a[0, 6 * chunk : 6 * chunk + 6] = b[0, 6 * chunk : 6 * chunk + 6] = special
-        launch_weight_gradient(a, b, *got, chunk == 0, Tile(groups, 1))
+        launch_weight_gradient(a, b, *got, chunk == 0)
         add_split(*wanted, a.float().t() * b.float(), chunk == 0)
         x, y = (((a.int() << 16) + (b.view(torch.int8).int() << 8)).view(torch.float32) for a, b in (got, wanted))
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arena import Cutter, Shape, aligned, bytes_of, in_turn
+from .arena import Cutter, Shape, bytes_of, in_turn
 from .base import UNKNOWN, Arena, CommunicationError, Communicator, Handle, Message, agree
 from .choice import Choice
 from .groups import Group, count_ranks, find_ranks_per_host, group_name
@@ -25,7 +25,6 @@ __all__ = [
     "Message",
     "Shape",
     "agree",
-    "aligned",
     "bytes_of",
     "communicator",
     "count_ranks",

@@ -85,13 +85,13 @@ def in_turn(comm: Communicator, play: Callable[[Arena | None], T]) -> T:
 Shape = tuple[Sequence[int], torch.dtype]
 
 
-def aligned(size: int) -> int:
+def _aligned(size: int) -> int:
     return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
 
 
 def bytes_of(shapes: Sequence[Shape]) -> int:
     """What a :class:`Cutter` uses for them."""
-    return sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes)
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes)
 
 
 class Cutter:
@@ -103,5 +103,5 @@ class Cutter:
     def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
         x = self.memory[self.used : self.used + size].view(dtype).view(list(shape))
-        self.used += aligned(size)
+        self.used += _aligned(size)
         return x

@@ -75,13 +75,13 @@ class Handshake:
         call = self._calls[self.name]
         self._calls[self.name] += 1
         mine = {
-            "fields": {name: repr(value) for name, value in fields.items()},
+            "fields": {name: repr(field) for name, field in fields.items()},
             "error": error and str(error),
             "value": value,
         }
         keys = [self._key(call, rank) for rank in range(self.world_size)]
         try:
-            answers = [json.loads(value) for value in self._talk(keys, json.dumps(mine), patience * self.timeout)]
+            answers = [json.loads(answer) for answer in self._talk(keys, json.dumps(mine), patience * self.timeout)]
         except Exception as cause:
             if error is not None:
                 raise error from cause

@@ -18,6 +18,11 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 _HERE = contextlib.nullcontext()
 
 

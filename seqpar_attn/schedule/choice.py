@@ -1,4 +1,4 @@
-"""How a ring's work is cut into steps: what was measured to be best (benchmarks/ranks.py on four H100s)."""
+"""How a ring's work is cut into steps: what was measured to be best on four H100s (results/ranks/steps-4.txt)."""
 
 from __future__ import annotations
 

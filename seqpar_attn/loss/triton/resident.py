@@ -14,13 +14,13 @@ may have most of the GPU, and may have all of it as long as they end without wai
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from ...kernels.device import multiprocessors
 from ...kernels.triton.common import LN2, LOG2E, cdiv
 from ...kernels.triton.hopper.adapter import gl, gluon, reinterpret, tanh, warpgroup_barrier
 from ..options import Options
@@ -47,15 +47,10 @@ def choose(columns: int, itemsize: int) -> Part:
     return Part(min(LARGEST.chunks, triton.next_power_of_2(cdiv(columns, per_chunk))), LARGEST.num_warps)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def serves(logits: torch.Tensor) -> bool:
     """Whether the parts of a row run at once, on a GPU."""
     columns, itemsize = logits.shape[1], logits.element_size()
-    return logits.is_cuda and cdiv(columns, choose(columns, itemsize).columns(itemsize)) <= _multiprocessors(
+    return logits.is_cuda and cdiv(columns, choose(columns, itemsize).columns(itemsize)) <= multiprocessors(
         logits.device
     )
 

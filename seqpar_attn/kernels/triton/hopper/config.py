@@ -80,11 +80,6 @@ def heads_at_once(full: bool, heads: int, bytes_per_head: int) -> int:
     return 1 if full else max(1, min(heads, _L2_BYTES_FOR_KEYS // max(1, bytes_per_head)))
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @dataclass(frozen=True, eq=False)
 class BackwardConfig:
     """Tiles of ``queries``, in ``q_stages`` stages; the other fields as in ``ForwardConfig``."""

@@ -10,10 +10,10 @@ import torch
 
 from ....mask import MaskKind
 from ...base import BlockMask, backward_without_pairs, forward_without_keys
-from ...device import on_device_of
+from ...device import multiprocessors, on_device_of
 from .. import TritonKernel, check_scale
 from . import backward_refuses, refuses
-from .config import BACKWARD, BackwardConfig, ForwardConfig, choose_forward, multiprocessors, padded
+from .config import BACKWARD, BackwardConfig, ForwardConfig, choose_forward, padded
 
 
 @functools.cache

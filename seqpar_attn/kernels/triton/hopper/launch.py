@@ -8,6 +8,7 @@ import torch
 
 from ....mask import MaskKind
 from ...base import BlockMask
+from ...device import multiprocessors
 from ..common import KIND_NUMBER, cdiv, key_sizes, score_scales
 from ..plans import Plan, fits_tma, launch
 from .backward import backward_kernel
@@ -21,7 +22,6 @@ from .config import (
     beyond,
     heads_at_once,
     heads_together,
-    multiprocessors,
     padded,
     permuted,
     shift,
