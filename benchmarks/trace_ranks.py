@@ -4,7 +4,7 @@
 
 Writes ``trace-N.zip`` (a Chrome trace per rank, for Perfetto or chrome://tracing) and ``trace-N.png``: what ran on
 rank 0's GPU when, kernels of attention above, transfers below. NCCL's kernels also wait for the other rank, so their
-length is not that of the data.
+length is not that of the data. With --transport loopback it is --gpus virtual ranks on one GPU, and one trace.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ Bar = tuple[float, float, str]
 """Begin and length in ms, and the lane."""
 
 LANES = ("computation", "transfers", "copies")
+LOOPBACK = "loopback"
 
 
 def run(
-    rank: int, ranks: int, tokens: int, heads: tuple[int, int, int], backend: str, transport: str, dry: bool
+    rank: int, processes: int, ranks: int, tokens: int, heads: tuple[int, int, int], backend: str, transport: str, dry: bool
 ) -> str:
-    """This rank's trace, as JSON."""
-    set_transport(None, transport)
+    """This rank's trace, as JSON. Virtual ranks' tokens are all here."""
     os.environ.update(many.NO_MULTICAST)
     device, (nheads, nheads_kv, headdim) = many.device(dry), heads
+    group = None
+    if transport == LOOPBACK:
+        group, tokens = seqpar_attn.LoopbackGroup(ranks), tokens * ranks
+    else:
+        set_transport(None, transport)
     torch.manual_seed(rank)
     shapes = [(1, tokens, n, headdim) for n in (nheads, nheads_kv, nheads_kv, nheads)]
     dtype = torch.float32 if dry else torch.bfloat16
@@ -49,7 +54,7 @@ def run(
 
     def once() -> None:
         with record_function("forward"):
-            out = seqpar_attn.ring_attention(q, k, v, backend=backend)
+            out = seqpar_attn.ring_attention(q, k, v, group=group, backend=backend)
         with record_function("backward"):
             torch.autograd.grad(out, (q, k, v), dout)
 
@@ -130,9 +135,10 @@ def main() -> None:
     parser.add_argument("--nheads-kv", type=int, default=8)
     parser.add_argument("--headdim", type=int, default=128)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--transport", choices=("p2p", "symmetric"), default="p2p")
+    parser.add_argument("--transport", choices=("p2p", "symmetric", LOOPBACK), default="p2p")
     a = parser.parse_args()
-    count = many.count(parser, a)
+    virtual = a.transport == LOOPBACK
+    count = a.gpus or 4 if virtual else many.count(parser, a)
     name = many.name("trace" if a.transport == "p2p" else f"trace-{a.transport}", count, a.dry_run)
     picture = a.out / f"{name}.png"
     if picture.exists() and not a.force:
@@ -141,15 +147,16 @@ def main() -> None:
     if a.dry_run:
         a.tokens, a.nheads, a.nheads_kv, a.headdim = 64, 4, 2, 16
     header = machine(a.commit)
-    with many.pool(count, a.dry_run, timeout=300) as pool:
-        traces = pool.run(run, a.tokens, (a.nheads, a.nheads_kv, a.headdim), a.backend, a.transport, a.dry_run)
+    heads = (a.nheads, a.nheads_kv, a.headdim)
+    with many.pool(1 if virtual else count, a.dry_run or virtual, timeout=300) as pool:
+        traces = pool.run(run, count, a.tokens, heads, a.backend, a.transport, a.dry_run)
     a.out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(a.out / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for rank, trace in enumerate(traces):
             archive.writestr(f"rank{rank}.json", trace)
     dry = "REHEARSAL on a CPU over gloo\n" if a.dry_run else ""
     title = (
-        f"{dry}zigzag, forward and backward, rank 0 of {count}, {a.tokens} tokens per GPU, {a.nheads}/{a.nheads_kv} "
+        f"{dry}zigzag, forward and backward, {'all' if virtual else 'rank 0'} of {count}, {a.tokens} tokens per GPU, {a.nheads}/{a.nheads_kv} "
         f"heads of {a.headdim}, {a.transport}\n{describe(header)}"
     )
     found = bars(traces[0], a.dry_run)

@@ -287,6 +287,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >> 5, 0);
+  int number = 0;
+  if (threadIdx.x == 128 * C::WARPGROUPS) number = claim_tile(p);  // on its way while barriers are set up
   if (threadIdx.x == 0) {
     for (int w = 0; w < C::WARPGROUPS; w++) {
       barrier_init(base + S::Q_FULL + 8 * w, 1);
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   if (warp >= 4 * C::WARPGROUPS) {
     release_registers<C::PRODUCER_REGISTERS>();
     if ((threadIdx.x & 31) == 0) {
-      if (warp == 4 * C::WARPGROUPS) produce_keys<C>(maps, p, shared);
+      if (warp == 4 * C::WARPGROUPS) produce_keys<C>(maps, p, shared, number);
       if (warp == 4 * C::WARPGROUPS + 1) produce_queries<C>(maps, p, shared);
     }
   } else {

@@ -4,19 +4,24 @@
 
 namespace seqpar::sm90 {
 
-// Loads keys and values, and decides which tile is next.
-template <class C> DEVICE void produce_keys(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared) {
+// The number of a tile nobody else has. All tiles are handed out so, the first ones too: a CTA that has to wait for a
+// multiprocessor, because NCCL's have it, holds back no tile.
+DEVICE int claim_tile(const ForwardParams& p) { return atomicAdd(p.counter, 1); }
+
+// Loads keys and values, and decides which tile is next. `number`: the first one, claimed already.
+template <class C>
+DEVICE void produce_keys(const ForwardMaps& maps, const ForwardParams& p, uint8_t* shared, int number) {
   using S = ForwardShared<C>;
   const uint32_t base = shared_address(shared);
   volatile int* numbers = reinterpret_cast<volatile int*>(shared + S::NUMBER);
   prefetch_map(&maps.k);
   prefetch_map(&maps.v);
-  int number = blockIdx.x, stage = 0, phase = 0;
+  int stage = 0, phase = 0;
   for (int turn = 0;; turn++) {
     numbers[turn & 3] = number;
     barrier_arrive(base + S::NUMBER_FULL + 8 * (turn & 3));
     if (number >= p.tiles) break;
-    const int next = gridDim.x + atomicAdd(p.counter, 1);
+    const int next = claim_tile(p);
     const ForwardTile t = decode<C>(p, number);
     const int key_head = t.head / p.group, per_part = t.end - t.first;
     const auto load_keys = [&](const CUtensorMap* map, int target, int full, int empty, int row, int part) {
