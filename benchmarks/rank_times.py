@@ -29,6 +29,8 @@ LIMIT = 2e-2
 SINGLE = "one GPU"
 MEASURED_APART = (REFERENCE, f"{REFERENCE}, {PUSHED}", "dist_flash", f"dist_flash, {PUSHED}")
 """Whose transfers overlap with computation; Ulysses' exchanges stand before and after it."""
+LONGEST_APART = 65536
+"""Tokens per GPU beyond which that takes seconds per call, and transfers are a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     }
     for name, contender in found.items():
         turns[name] = (contender, data.of(contender), contextlib.nullcontext)
-    for name in MEASURED_APART:
+    for name in MEASURED_APART if problem.tokens <= LONGEST_APART else ():
         for what, patch in (("computation alone", still), ("transfers alone", idle)):
             turns[f"{name}, {what}"] = (found[name], data.of(found[name]), patch)
 

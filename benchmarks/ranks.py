@@ -31,7 +31,7 @@ import many
 import torch
 from files import known, stamp, write
 from rank_contenders import REFERENCE, Problem
-from rank_times import MEASURED_APART, SINGLE, Options, run
+from rank_times import SINGLE, Options, run
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -74,7 +74,7 @@ def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
                 "of_zigzag": _ratio(ms, reference[direction]),
                 "host_ms": statistics.median(times[f"host {direction}"]),
             }  # fmt: skip
-            if name in MEASURED_APART:
+            if f"{name}, computation alone" in apart:
                 alone = _slowest(ranks, f"{name}, computation alone")[direction]
                 moved = _slowest(ranks, f"{name}, transfers alone")[direction]
                 row["computation_ms"], row["transfers_ms"] = statistics.median(alone), statistics.median(moved)

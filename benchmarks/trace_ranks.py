@@ -35,7 +35,14 @@ LOOPBACK = "loopback"
 
 
 def run(
-    rank: int, processes: int, ranks: int, tokens: int, heads: tuple[int, int, int], backend: str, transport: str, dry: bool
+    rank: int,
+    processes: int,
+    ranks: int,
+    tokens: int,
+    heads: tuple[int, int, int],
+    backend: str,
+    transport: str,
+    dry: bool,
 ) -> str:
     """This rank's trace, as JSON. Virtual ranks' tokens are all here."""
     os.environ.update(many.NO_MULTICAST)
@@ -156,8 +163,8 @@ def main() -> None:
             archive.writestr(f"rank{rank}.json", trace)
     dry = "REHEARSAL on a CPU over gloo\n" if a.dry_run else ""
     title = (
-        f"{dry}zigzag, forward and backward, {'all' if virtual else 'rank 0'} of {count}, {a.tokens} tokens per GPU, {a.nheads}/{a.nheads_kv} "
-        f"heads of {a.headdim}, {a.transport}\n{describe(header)}"
+        f"{dry}zigzag, forward and backward, {'all' if virtual else 'rank 0'} of {count}, {a.tokens} tokens per GPU, "
+        f"{a.nheads}/{a.nheads_kv} heads of {a.headdim}, {a.transport}\n{describe(header)}"
     )
     found = bars(traces[0], a.dry_run)
     draw(found, title, picture)

@@ -105,6 +105,7 @@ def to_heads(
         all_slots.append((slots, copies))
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
+        comm.open(False)
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
         parts.fill(lambda number, i, peer: _heads_of(shards[number][:, :, i], peer, *all_slots[number]), call)
         whole = [[parts.out(_in_order(x, layout)) for x in each] for each in parts.tensors]
@@ -137,6 +138,7 @@ def to_tokens(
         shapes.append(((batch, rows, length // world_size, slots, headdim), x.dtype))
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
+        comm.open(False)
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
         parts.fill(lambda number, i, peer: layout.shard(whole[number][i], peer, 2), call)
         results = []

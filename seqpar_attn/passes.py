@@ -403,8 +403,7 @@ def forward_pass(
 
     def play(arena: Arena | None) -> tuple[torch.Tensor, torch.Tensor]:
         program = plan.program(False, comm.local_ranks, arena is not None)
-        if program.slow:
-            comm.open_slow()
+        comm.open(program.slow)
         shelf, given = _shelf(program, kernel, call, (q, k, v), arena)
         try:
             played: Forward = shelf.pop()
@@ -442,8 +441,7 @@ def backward_pass(
 
     def play(arena: Arena | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         program = plan.program(True, comm.local_ranks, arena is not None)
-        if program.slow:
-            comm.open_slow()
+        comm.open(program.slow)
         shelf, given = _shelf(program, kernel, call, (q, k, v, dout, lse, out), arena, wide_keys)
         try:
             played: Backward = shelf.pop()

@@ -1,6 +1,7 @@
 """The public functions on real processes over gloo: outputs, gradients and every way in which ranks can disagree."""
 
 import dataclasses
+import gc
 import os
 import time
 
@@ -61,14 +62,13 @@ class Coalescing:
 
     group_name = "coalescing"
 
-    def __init__(self, way, *device):
-        self.way, self.device, self.works, self.sent = way, device, [], 0
+    def __init__(self, way):
+        self.way, self.works, self.sent, self.ended = way, [], 0, False
 
-    def _start_coalescing(self, *device):
-        assert device == self.device and not self.works
+    def _start_coalescing(self):
+        assert not self.works
 
-    def _end_coalescing(self, *device):
-        assert device == self.device
+    def _end_coalescing(self):
         works, self.works = self.works, []
         return Together(works)
 
@@ -82,21 +82,27 @@ class Coalescing:
     def allreduce(self, tensors):
         return self.way.allreduce(tensors)
 
+    def shutdown(self):
+        self.ended = True
+
+    abort = shutdown
+
 
 class Options:
     pass
 
 
 def with_two_communicators(rank, world_size, x, method):
-    """As over NCCL: slow exchanges go through a communicator of their own, which has no device to be told."""
+    """As over NCCL: exchanges go through communicators of their own, slow ones through another."""
     made = []
 
     def nccl(store, rank, size, options):
+        assert options.is_high_priority_stream
         made.append(Coalescing(dist.ProcessGroupGloo(store, rank, size, options._timeout)))
         return made[-1]
 
     nccl.Options = Options
-    group = Coalescing(dist.group.WORLD, torch.device("cpu"))
+    group = Coalescing(dist.group.WORLD)
     p2p = comm.communicator(comm.group_name(None), torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
@@ -105,18 +111,22 @@ def with_two_communicators(rank, world_size, x, method):
         patch.setattr(comm, "communicator", lambda *_: p2p)
         patch.setattr("seqpar_attn.autograd.communicator", lambda *_: p2p)
         results = [run(x, method, world_size, rank) for _ in range(2)]
-    return results[1], group.sent, [slow.sent for slow in made]
+    sent = [group.sent, *(communicator.sent for communicator in made)]
+    del group  # the patch and p2p let go of it, too
+    gc.collect()
+    return results[1], sent, [communicator.ended for communicator in made]
 
 
-def test_slow_exchanges_have_a_communicator_of_their_own(pool):
+def test_exchanges_have_communicators_of_their_own_and_slow_ones_another(pool):
     x = make_inputs(2 * pool.world_size * 6)
     method = next(m for m in METHODS if m.name == "zigzag-double-2-hosts-by-1")
     ranks = pool.run(with_two_communicators, x, method)
     check_exact(unshard([results for results, *_ in ranks], method), truth(x))
-    for _, sent, slow in ranks:
+    for _, (of_group, usual, *slow), ended in ranks:
         # Twice keys and values of one block, which take two steps; the sums that go back have one step in so small a
         # ring.
-        assert sent > 0 and slow == ([4] if pool.world_size == 4 else [])
+        assert of_group == 0 and usual > 0 and slow == ([4] if pool.world_size == 4 else [])
+        assert ended and all(ended), "they end with their group"
 
 
 def on_mesh(rank, world_size, x: Inputs):

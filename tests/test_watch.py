@@ -1,5 +1,7 @@
 """What notices that a stream waits for a peer in vain, with a stand-in for the stream."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -66,6 +68,29 @@ def test_it_gives_up_once_and_says_why(stream, why):
         wait_for_it()
     time.sleep(0.2)
     assert stream.reasons == [why]
+
+
+IN_TORCH = """
+import torch
+from seqpar_attn.comm.watch import watch
+class Stream:
+    values = torch.zeros(2, dtype=torch.int32)
+    def progress(self):
+        for _ in range(50):
+            begun, done = (x.item() for x in self.values)
+        return begun, done
+    def failed_peer(self):
+        return None
+stream = Stream()
+for _ in range(4):
+    watch(stream, 1e-4)
+"""
+
+
+def test_threads_inside_of_torch_do_not_outlive_the_interpreter():
+    """Coming back from there into what has ended would be std::terminate."""
+    done = subprocess.run([sys.executable, "-c", IN_TORCH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_goes_on_is_left_alone_and_nothing_is_kept_alive():

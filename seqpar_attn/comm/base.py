@@ -72,8 +72,9 @@ class Communicator(Protocol):
         """
         ...
 
-    def open_slow(self) -> None:
-        """Make ready for slow exchanges. All ranks call it, before the first of them; again it does nothing."""
+    def open(self, slow: bool) -> None:
+        """Make ready for exchanges, or for slow ones, too. All ranks call it, before the first of them; again it does
+        nothing."""
         ...
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:

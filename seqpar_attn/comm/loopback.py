@@ -86,7 +86,7 @@ class Loopback:
     def give_way(self, why: str) -> bool:
         return False
 
-    def open_slow(self) -> None:
+    def open(self, slow: bool) -> None:
         pass
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:

@@ -5,14 +5,17 @@ threads of its own. Either way the transfers of step t + 1 are in flight while s
 
 NCCL moves data with thread blocks, and a persistent kernel of attention that has every multiprocessor keeps them out
 until it ends: seen in a trace, the transfers then stand between the steps instead of under them. So the compute stream
-is held back by a few microseconds, until they have begun (:class:`_Ahead`).
+is held back by a few microseconds, until they have begun (:class:`_Ahead`), and NCCL's stream is one of high priority,
+which lets its blocks in as soon as any block of attention ends (docs/communication.md).
 
-NCCL's transfers of one communicator follow each other on one stream. Slow ones, which are in flight for several steps,
-have a communicator of their own, lest those of the next step wait for them; gloo only gives them other tags.
+So transfers have a communicator of their own, not the group's, where they would also queue up behind the collectives of
+others. NCCL's transfers of one communicator follow each other on one stream. Slow ones, which are in flight for several
+steps, have another one, lest those of the next step wait for them; gloo only gives them other tags.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -58,8 +61,16 @@ class _Pending:
 _SLOW_TAGS = 1 << 20
 """More than there are messages between two ranks in a step."""
 
-_slow: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
-"""NCCL's communicators for slow exchanges. They go with their groups, whose stores they hold."""
+_own: WeakKeyDictionary[dist.ProcessGroup, dict[bool, Any]] = WeakKeyDictionary()
+"""NCCL's communicators for exchanges that are not slow, and slow. They go with their groups, whose stores they hold."""
+
+
+@atexit.register
+def _abort_all() -> None:
+    """Else torch warns of groups that were not destroyed, of which nobody knows."""
+    for known in list(_own.values()):
+        for communicator in known.values():
+            communicator.abort()
 
 
 def timeout_of(backend: Any) -> timedelta:
@@ -100,21 +111,38 @@ class P2P:
             every_call=device.type == "cpu",
         )
         self._calls = itertools.count()
-        self._connected = device.type == "cpu" or self.staged or self.world_size == 1
+        self._connected = device.type == "cpu" or self.staged
 
-    def open_slow(self) -> None:
-        group = self.group
-        if not self._coalesces or group in _slow:
+    def open(self, slow: bool) -> None:
+        """NCCL connects ranks at the first operation, in which all of them must take part; in a window's schedule some
+        may have nothing to send."""
+        if self.world_size == 1:
             return
+        if not self._coalesces:
+            if not self._connected:
+                dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+                self._connected = True
+            return
+        group = self.group
         assert group is not None
-        # Not by new_group, for which ranks outside of this group would have to come, too.
+        known = _own.setdefault(group, {})
+        for which, name in ((False, "transfers"), (True, "slow transfers"))[: 1 + slow]:
+            if which not in known:
+                known[which] = self._communicator(group, name)
+
+    def _communicator(self, group: dist.ProcessGroup, name: str) -> Any:
+        """Another one of the group's ranks; all of them call it. Not by new_group, for which ranks outside of the group
+        would have to come, too."""
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = self.timeout
-        options.group_name = f"{group.group_name}/slow"
-        store = dist.PrefixStore(self.handshake.unique("slow"), dist.distributed_c10d._get_default_store())
-        slow: Any = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
-        _slow[group] = slow
-        slow.allreduce([torch.zeros(1, device=self.device)]).wait()  # connects all ranks, as in agree
+        options.group_name = f"{group.group_name}/{name}"
+        options.is_high_priority_stream = True
+        store = dist.PrefixStore(self.handshake.unique(name), dist.distributed_c10d._get_default_store())
+        made: Any = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+        made.allreduce([torch.zeros(1, device=self.device)]).wait()
+        # As destroy_process_group does with the group itself; at the end of the process see _abort_all.
+        weakref.finalize(group, made.shutdown).atexit = False
+        return made
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -129,14 +157,6 @@ class P2P:
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
         self.handshake.agree(fields, error)
-        self.connect()
-
-    def connect(self) -> None:
-        """NCCL connects a group at its first operation, in which all ranks must take part; in a window's schedule some
-        ranks may have nothing to send. All ranks call it; again it does nothing."""
-        if not self._connected:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
-            self._connected = True
 
     def exchange(
         self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
@@ -169,15 +189,10 @@ class P2P:
         matches them in order whatever its threads do."""
         group = self.group
         assert group is not None
-        way: Any = group  # a group, or a backend by itself, which knows its device
-        on = [self.device]
-        first_tag = 0
-        if slow and self._coalesces:
-            way, on = _slow[group], []
-        elif slow:
-            first_tag = _SLOW_TAGS
+        way: Any = _own[group][slow] if self._coalesces else group
+        first_tag = _SLOW_TAGS if slow else 0
         if self._coalesces:
-            way._start_coalescing(*on)
+            way._start_coalescing()
         for post, messages in ((way.send, outgoing), (way.recv, incoming)):
             counts: dict[int, int] = {}
             for peer, tensor in messages:
@@ -185,7 +200,7 @@ class P2P:
                 counts[peer] = tag + 1
                 works.append(post([tensor], peer, tag))
         if self._coalesces:
-            works = [way._end_coalescing(*on)]  # one work for all
+            works = [way._end_coalescing()]  # one work for all
         if self._ahead is not None:
             self._ahead()
         return works

@@ -104,24 +104,20 @@ class Symmetric:
         return self.base.group
 
     def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
-        if self.arena is None:
-            self.base.agree(fields, error)
-        else:  # NCCL, which nothing goes through, need not connect the ranks
-            self.base.handshake.agree(fields, error)
+        self.base.agree(fields, error)
 
     def count_call(self) -> int:
         return self.base.count_call()
 
     def give_way(self, why: str) -> bool:
         if self.yields and self.arena is not None:
-            self.base.connect()
             self.gave_way, self.arena = why, None
             self.fabric.close()
         return self.yields
 
-    def open_slow(self) -> None:
+    def open(self, slow: bool) -> None:
         if self.arena is None:
-            self.base.open_slow()
+            self.base.open(slow)
 
     def exchange(
         self,

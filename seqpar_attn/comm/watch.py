@@ -6,6 +6,7 @@ stream. Only a thread of the host can tell, and only by letting the stream go on
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import threading
 import time
@@ -13,6 +14,9 @@ import weakref
 from typing import Protocol
 
 from .base import CommunicationError
+
+_LEAVE_S = 2.0
+"""How long the end of the process waits for one of these threads, which may itself wait for a GPU."""
 
 
 class Watched(Protocol):
@@ -61,16 +65,27 @@ def raise_in(thread: int, why: str) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
 
 
+_ending = threading.Event()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from torch into an interpreter that has ended takes the process with it (SIGABRT)."""
+    _ending.set()
+    for thread in list(_threads):
+        thread.join(_LEAVE_S)
+
+
 def watch(watched: Watched, timeout: float) -> None:
     """Begin; the exception comes in the thread that calls this. Ends with ``watched``'s life, which it does not
-    prolong, or with its end."""
+    prolong, or with its end, or with the interpreter's."""
     thread, alive = threading.get_ident(), weakref.ref(watched)
     interval = min(0.2, timeout / 10)
 
     def loop() -> None:
         patience = Patience(timeout)
-        while True:
-            time.sleep(interval)
+        while not _ending.wait(interval):
             it = alive()
             if it is None:
                 return
@@ -87,4 +102,6 @@ def watch(watched: Watched, timeout: float) -> None:
                 return
             del it
 
-    threading.Thread(target=loop, daemon=True, name="seqpar_attn watch").start()
+    watching = threading.Thread(target=loop, daemon=True, name="seqpar_attn watch")
+    _threads.add(watching)
+    watching.start()

@@ -28,7 +28,7 @@ class Still:
     def give_way(self, why: str) -> bool:
         return False
 
-    def open_slow(self) -> None:
+    def open(self, slow: bool) -> None:
         pass
 
     def wait(self) -> None:
