@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -220,9 +221,10 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     rounds = int(min(options.rounds, max(3, 1e3 * options.seconds // total)))
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in turns}
     order = list(turns)
-    for n in range(rounds):
-        first = n % len(order)
-        for name in order[first:] + order[:first]:
+    shuffle = random.Random(0).shuffle  # the same on every rank
+    for _ in range(rounds):
+        shuffle(order)  # nobody always follows the one GPU's long call, which leaves the GPUs hot and their clocks low
+        for name in order:
             for direction, ms in turn(name, calls[name]).items():
                 times[name][direction].append(ms)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0

@@ -13,14 +13,14 @@ from seqpar_attn.comm.watch import Patience, raise_in, watch
 
 def test_patience_counts_from_when_an_exchange_was_seen_to_begin():
     patience = Patience(2.0)
-    assert not patience.is_over(0, 0, 0.0)
-    assert not patience.is_over(1, 0, 10.0)
-    assert not patience.is_over(1, 0, 12.0)
-    assert patience.is_over(1, 0, 12.1)
-    assert not patience.is_over(2, 1, 12.2), "another one has begun since"
-    assert not patience.is_over(2, 2, 20.0)
-    assert not patience.is_over(2, 1, 21.0), "it had ended in between"
-    assert patience.is_over(2, 1, 23.5)
+    assert patience.look(0, 0, 0.0) == 0
+    assert patience.look(1, 0, 10.0) == 0
+    assert patience.look(1, 0, 12.0) == 1
+    assert patience.look(1, 0, 12.5) == 1.25
+    assert patience.look(2, 1, 12.5) == 0, "another one has begun since"
+    assert patience.look(2, 2, 20.0) == 0
+    assert patience.look(2, 1, 21.0) == 0, "it had ended in between"
+    assert patience.look(2, 1, 24.0) == 1.5
 
 
 def wait_for_it():
@@ -68,6 +68,19 @@ def test_it_gives_up_once_and_says_why(stream, why):
         wait_for_it()
     time.sleep(0.2)
     assert stream.reasons == [why]
+
+
+def test_what_was_waited_for_until_just_now_is_said():
+    """A peer that gave up has let its stream go on, and so ended this rank's wait."""
+    stream = Stream(7, 6)
+    for later in (
+        threading.Timer(0.8, setattr, (stream, "state", (8, 8))),
+        threading.Timer(0.8, setattr, (stream, "failed", 2)),
+    ):
+        later.start()
+    with pytest.raises(CommunicationError, match="rank 2 has given up; rank 1 in exchange 7 had not come"):
+        watch(stream, 1.2)
+        wait_for_it()
 
 
 IN_TORCH = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from .base import CommunicationError
 
+_FRESH_S = 1.0
 _LEAVE_S = 2.0
 """How long the end of the process waits for one of these threads, which may itself wait for a GPU."""
 
@@ -38,18 +40,19 @@ class Watched(Protocol):
 
 
 class Patience:
-    """Whether one exchange has been under way for more than ``timeout`` seconds, as far as it has been looked at."""
+    """For how long one exchange has been under way, as far as it has been looked at."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         self._at, self._since = -1, 0.0
 
-    def is_over(self, begun: int, done: int, now: float) -> bool:
+    def look(self, begun: int, done: int, now: float) -> float:
+        """The share of the timeout that has passed."""
         if begun == done:
             self._at = -1
         elif begun != self._at:
             self._at, self._since = begun, now
-        return self._at >= 0 and now - self._since > self.timeout
+        return (now - self._since) / self.timeout if self._at >= 0 else 0.0
 
 
 def raise_in(thread: int, why: str) -> None:
@@ -85,17 +88,29 @@ def watch(watched: Watched, timeout: float) -> None:
 
     def loop() -> None:
         patience = Patience(timeout)
+        # What this rank has waited for for long, and when it still did. A rank that gives up lets its stream go on,
+        # which may end the waits of others before they look again; and those may know more than it does.
+        explained, exchange, seen = "", -1, -math.inf
         while not _ending.wait(interval):
             it = alive()
             if it is None:
                 return
             begun, done = it.progress()
+            now = time.monotonic()
+            passed = patience.look(begun, done, now)
+            if passed > 0.5:
+                if begun != exchange:
+                    explained, exchange = it.explain(begun), begun
+                seen = now
             peer, why = it.failed_peer(), None
-            if patience.is_over(begun, done, time.monotonic()):
+            if passed > 1:
                 why = f"{it.explain(begun)} did not come within {timeout:g} s"
             elif peer is not None:
-                # What this rank waits for may say more than what was too late for that one.
-                why = f"rank {peer} has given up" + (f"; {it.explain(begun)} had not come" if begun != done else "")
+                why = f"rank {peer} has given up"
+                if now - seen < _FRESH_S:
+                    why += f"; {explained} had not come"
+                elif begun != done:
+                    why += f"; {it.explain(begun)} had not come"
             if why is not None:
                 raise_in(thread, why)  # before all else: who gets the error from a call need not get it twice
                 it.give_up(why)
