@@ -51,10 +51,10 @@ START_S = 45.0
 """A generous guess of what a row takes besides its steps."""
 
 
-def parts_of(model: Model, gpu: Gpu, policy: Policy, row: Row) -> dict[str, float]:
+def parts_of(model: Model, gpu: Gpu, policy: Policy, row: Row, gpus: int = THEIR_GPUS) -> dict[str, float]:
     """Seconds of a rank's step, predicted."""
     link = LINKS[LINK_OF.get(gpu.name, "nvlink4")]
-    parts = dict(predict_step(model, gpu, make_cluster(THEIR_GPUS, link), policy, row.tokens).parts)
+    parts = dict(predict_step(model, gpu, make_cluster(gpus, link), policy, row.tokens).parts)
     if not row.data_parallel:
         return parts
     # Attention is that of a sequence per GPU, and moves nothing; what FSDP does is the same.
@@ -105,10 +105,12 @@ def checked(model: Model) -> list[dict[str, Any]]:
     for path in sorted((RESULTS / "throughput").glob("throughput-*.json")):
         payload = read(path, "throughput")
         for x in payload["rows"] if payload["model"] == model.name else []:
-            if x["data_parallel"] and "step_s" in x and x["layers"] == x["of_layers"]:
+            if "step_s" in x and x["layers"] == x["of_layers"]:
                 policy = Policy("ring", x["attention"], x["activations"], x["tile_mlp"])
-                seconds = sum(parts_of(model, gpu, policy, Row("", x["tokens_per_gpu"], True)).values())
-                what = f"{x['row']}, all layers, real transfers"
+                row = Row("", x["tokens_per_gpu"], x["data_parallel"])
+                seconds = sum(parts_of(model, gpu, policy, row, payload["gpus"]).values())
+                what = f"{payload['gpus']} GPUs for real, {row.context(payload['gpus']) // 1024}K"
+                what += " data parallel" if row.data_parallel else ""
                 found.append({"what": what, "file": path.name, "error": seconds / x["step_s"] - 1})
     return found
 

@@ -132,7 +132,19 @@ def _one_rank_rows():
                 yield pytest.param(payload, row, id=f"{path.stem}-{amount(row['context'])}")
 
 
-ONE_RANK = list(_one_rank_rows())
+def _easy_context_rows():
+    """Rows of EasyContext's table that were measured (benchmarks/throughput.py --one-rank)."""
+    payload = json.loads((RESULTS / "one_rank" / "one_rank.json").read_text())
+    for row in payload["rows"]:
+        one = row["measured"]
+        if "memory_row" in one and not row["data_parallel"] and "H100" in payload["machine"]["gpu"]:
+            attention, activations = (x.split()[-1] for x in one["policy"].split(","))
+            of_file = {"model": payload["model"], "gpus": payload["gpus"], "tile_mlp": 16384}
+            of_file |= {"attention": attention, "activations": activations}
+            yield pytest.param(of_file, one["memory_row"], id=f"one_rank-{row['row']}")
+
+
+ONE_RANK = [*_one_rank_rows(), *_easy_context_rows()]
 
 
 def test_there_are_measurements():
