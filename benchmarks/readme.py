@@ -274,7 +274,8 @@ def one_rank() -> str:
     header += [f"8 {name}, *predicted*" for name in GPU_NAMES.values()]
     own = ", ".join(f"{100 * x['model_error']:+.1f}" for row in payload["rows"] if "mfu" in (x := row["measured"]))
     errors = "; ".join(f"{x['what']} {100 * x['error']:+.1f}%" for x in payload["checked"])
-    note = f"Predicted over measured step, less 1, on H100s: these rows {own}%; {errors}. On A100 and H200 the planner is not checked."
+    note = f"Predicted over measured step, less 1, on H100s: these rows {own}%; {errors}. "
+    note += "On A100 and H200 the planner is not checked."
     return f"{rows_to_table(header, lines)}\n\n{note}"
 
 

@@ -107,6 +107,7 @@ def launch(row: Row, policy: Policy, gpus: int, a: argparse.Namespace, steps: in
         command += [f"--attention={policy.attention}", f"--activations={policy.activations}"]
         command += [f"--context={row.context(gpus)}", f"--tokens={row.tokens}", f"--layers={policy.layers}"]
         command += [f"--steps={steps}", f"--tile-mlp={a.tile_mlp}", *(["--cpu"] if a.dry_run else [])]
+        command += ["--profile"] if a.profile else []
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         log = Path(folder) / "log"
@@ -186,7 +187,14 @@ def render(payload: dict[str, Any]) -> str:
         f"(8 A100 80GB).{scaled}"
     )
     machines = [f"{x['row']}: {describe(x['machine'])}" for x in payload["rows"]]
-    return "\n".join([title, "", markdown(header, lines), "", *machines])
+    profiles = [
+        f"{x['row']}, one step on rank 0, s: {_profile(x['profile'])}" for x in payload["rows"] if "profile" in x
+    ]
+    return "\n".join([title, "", markdown(header, lines), "", *machines, *profiles])
+
+
+def _profile(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {x:.2f}" if isinstance(x, float) else f"{name} {x}" for name, x in found.items())
 
 
 def attempt(
@@ -204,7 +212,7 @@ def attempt(
         work = flops_per_token({**MODELS[a.model], "num_hidden_layers": policy.layers}, row.context(gpus)) * row.tokens
         step = work / (0.5 * a.peak * 1e12)  # at a good MFU
         steps = a.steps if START_S + (a.steps + 1) * step <= spare else 1
-        if START_S + (steps + 1) * step > spare:
+        if START_S + (steps + 1 + a.profile) * step > spare:
             break
         found = policy, launch(row, policy, gpus, a, steps, min(spare, 1800.0))
         if found[1].get("failed") != "out of memory":
@@ -220,6 +228,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="time fewer layers than the model has")
     parser.add_argument("--steps", type=int, default=2, help="timed ones, after a first; 1 where time is short")
     parser.add_argument("--tile-mlp", type=int, default=16384)
+    parser.add_argument("--profile", action="store_true", help="one step more, and where its time goes on rank 0")
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU; H100 and H200: 989")
     parser.add_argument("--one-rank", action="store_true", help="one rank of 8 on one GPU, as where there is only one")
     parser.add_argument("--predict", action="store_true", help="likewise, with nothing measured: needs no GPU")

@@ -17,6 +17,7 @@ from typing import Any
 
 import common  # noqa: F401  (first: finds the checkout)
 import many
+import step_parts
 import torch
 import torch.distributed as dist
 from one_rank_model import MODELS
@@ -60,9 +61,9 @@ class Row:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.alone = a.context == a.tokens  # data parallel: a sequence per rank
         # Not FSDP's group: in one group the transfers of attention would queue up behind the gathering of parameters.
-        group = seqpar_attn.LoopbackGroup(1) if self.alone else dist.new_group()
+        self.group = seqpar_attn.LoopbackGroup(1) if self.alone else dist.new_group()
         torch.manual_seed(1 + self.rank)
-        self.model = build(dict(MODELS[a.model]), a.layers, group, device)
+        self.model = build(dict(MODELS[a.model]), a.layers, self.group, device)
         self.applied = seqpar_attn.memory.apply(
             self.model, attention=a.attention, activations=a.activations, tile_mlp=a.tile_mlp
         )
@@ -103,11 +104,13 @@ class Row:
         if not all(math.isfinite(x) for x in losses):
             raise ValueError(f"expected finite losses, got {losses}")
         peak = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if self.cuda else [0, 0]
+        transport = "" if self.alone else seqpar_attn.comm.transport(self.group).name
         of_all = torch.tensor([*peak, self.applied.host_bytes], dtype=torch.float64, device=self.device)
         dist.all_reduce(of_all, dist.ReduceOp.MAX)
         allocated, reserved, host = (int(x) for x in of_all.tolist())
-        return {
-            "step_seconds": seconds, "step_s": statistics.median(seconds), "losses": losses,
+        profiled = {"profile": step_parts.of_step(self.step)} if self.a.profile and self.cuda else {}
+        return profiled | {
+            "transport": transport, "step_seconds": seconds, "step_s": statistics.median(seconds), "losses": losses,
             "peak_bytes": allocated, "reserved_bytes": reserved, "host_bytes": host,
         }  # fmt: skip
 
@@ -121,6 +124,7 @@ def main() -> None:
     for name in ("context", "tokens", "layers", "steps", "tile-mlp"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     a = parser.parse_args()
     os.environ.update(many.NO_MULTICAST)
     if a.cpu:

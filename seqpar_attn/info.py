@@ -125,7 +125,7 @@ def _arena_limit() -> str:
         limit = limit_of_environment()
     except ValueError as error:
         return str(error)
-    return "a sixteenth of the GPU's" if limit is None else f"{limit} bytes"
+    return "a sixth of the GPU's" if limit is None else f"{limit} bytes"
 
 
 def gather() -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_json_without_a_gpu() -> None:
     assert report["transports"]["loopback"] is None
     assert report["transports"]["gloo"] is None
     assert report["transports"]["nccl"]
-    assert report["auto_transport"] == [["on CPUs", "p2p"]] and report["arena_limit"] == "a sixteenth of the GPU's"
+    assert report["auto_transport"] == [["on CPUs", "p2p"]] and report["arena_limit"] == "a sixth of the GPU's"
 
 
 def test_a_limit_that_is_none_is_said(monkeypatch) -> None:

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import flash_attn_stand_in as stand_in  # noqa: E402
 import ranks  # noqa: E402
+import step_parts  # noqa: E402
 import throughput  # noqa: E402
 from one_rank_model import MODELS  # noqa: E402
 from rank_contenders import Problem  # noqa: E402
@@ -130,7 +131,7 @@ def test_host_memory_limits_offloading():
 
 def test_next_policy_after_out_of_memory(monkeypatch):
     """A row that ran out of memory tries the next policy, and another run starts with that one."""
-    a = argparse.Namespace(model="llama-2-7b", peak=989.0, steps=2)
+    a = argparse.Namespace(model="llama-2-7b", peak=989.0, steps=2, profile=False)
     row, tried = throughput.ROWS[4], []
     policies = [throughput.Policy(x, "offload", 32) for x in ("save", "offload")]
     ran = []
@@ -145,3 +146,22 @@ def test_next_policy_after_out_of_memory(monkeypatch):
     assert throughput.attempt(row, policies, 8, a, now + 300, tried)[0].attention == "offload"
     assert throughput.attempt(row, policies, 8, a, now + 100, tried) is None  # two steps take longer
     assert ran == [("save", 2), ("offload", 2), ("offload", 1)]
+
+
+def test_parts_of_a_step():
+    def event(name, begin, length, cat="kernel"):
+        return {"ph": "X", "cat": cat, "name": name, "ts": begin * 1e6, "dur": length * 1e6}
+
+    found = step_parts.parts(
+        [
+            event("void seqpar::sm90::forward_kernel<128>", 0, 4),
+            event("nvjet_hsh_192x192", 4, 2),
+            event("ncclDevKernel_SendRecv", 3, 5),  # two of them beside others, one alone with a copy, two alone
+            event("Memcpy DtoH (Device -> Pinned)", 7, 4, "gpu_memcpy"),
+            event("elementwise_kernel", 10, 1),
+            {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1e9},
+        ]
+    )
+    assert found["attention"] == 4 and found["matrix products"] == 2 and found["elementwise"] == 1
+    assert found["NCCL"] == 5 and found["NCCL and nothing else"] == 2 and found["copies to and from the host"] == 4
+    assert found["all"] == 11 and found["nothing"] == 2

@@ -63,8 +63,8 @@ def test_a_backend_that_cannot_send_between_gpus():
 
 def test_a_limit_that_nobody_set():
     """Of the smallest GPU; none where there is no other transport."""
-    assert usual_limit(facts()) == 5 << 30
-    assert usual_limit(facts(memory=40 << 30)) == 5 << 29
+    assert usual_limit(facts()) == (80 << 30) // 6
+    assert usual_limit(facts(memory=40 << 30)) == (40 << 30) // 6
     assert usual_limit([Facts(**vars(x) | {"sends": False}) for x in facts()]) is None
 
 

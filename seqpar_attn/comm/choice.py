@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SHARE = "several ranks share a GPU"
-MEMORY_SHARE = 1 / 16
-"""Of a GPU's memory, what peers may write into where nobody set a limit: 5 GiB of 80. It is kept between calls, too, so
-that a run which fits with "p2p" could fail by it; and who needs more computes so much per transfer that transports
-hardly differ."""
+MEMORY_SHARE = 1 / 6
+"""Of a GPU's memory, what peers may write into where nobody set a limit: 13 GiB of 80, enough for 32 key heads at 89600
+tokens per GPU. It is kept between calls, too, so that a run which fits with "p2p" could fail by it. Slots as large as
+that hardly raise a step's peak, which is in attention's backward pass, where NCCL would need as many
+(docs/communication.md); and what cannot be had is not insisted on."""
 
 
 class Choice(NamedTuple):

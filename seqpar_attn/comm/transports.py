@@ -84,7 +84,7 @@ def set_transport(group: Group, transport: str, limit: int | None = None) -> Non
     CPUs; :func:`transport` says which and why.
 
     ``limit``: how many bytes each rank may keep for what its peers write; by default as many as the environment
-    variable SEQPAR_ATTN_ARENA_LIMIT says or else, with "auto", a sixteenth of the smallest GPU's memory and, with
+    variable SEQPAR_ATTN_ARENA_LIMIT says or else, with "auto", a sixth of the smallest GPU's memory and, with
     "symmetric", as many as are needed. A call that needs more is a ValueError on every rank; with "auto" it ends the
     use of "symmetric" instead, from that call on.
 

@@ -21,6 +21,10 @@ LOGITS_BYTES = 512 << 20
 """As in :mod:`seqpar_attn.loss.linear`."""
 RESERVED = 2 << 30
 """Bytes that the CUDA context, NCCL and libraries take besides torch's tensors: assumed."""
+ARENA_SHARE = 1 / 6
+"""Of a GPU's memory, what copy engines' slots may take where nobody set a limit, as in :mod:`seqpar_attn.comm.choice`;
+a ring that needs more goes by NCCL."""
+ARENA = "attention: copy engines' slots"
 
 Parts = dict[str, float]
 
@@ -215,9 +219,27 @@ class Memory:
         return sum(size for _, size in self.parts)
 
 
-def predict_memory(model: Model, cluster: Cluster, policy: Policy, tokens: int) -> Memory:
-    """For ``tokens`` per GPU."""
-    moments = _moments(model, cluster, policy, tokens)
+def arena_limit(cluster: Cluster, policy: Policy, gpu_bytes: float) -> float:
+    """0 where transfers are NCCL's. Ulysses' and USP's exchanges are planned as NCCL's everywhere."""
+    one_host = cluster.nodes == 1 and cluster.per_node > 1
+    return ARENA_SHARE * gpu_bytes if one_host and policy.method in ("ring", "dist_flash") else 0.0
+
+
+def _with_arena(moments: dict[str, Parts], limit: float) -> dict[str, Parts]:
+    """What is received lies in memory that is kept for good, if it may."""
+    received = "attention: received"
+    size = max(parts.get(received, 0.0) for parts in moments.values())
+    if not 0 < size <= limit:
+        return moments
+    return {
+        moment: {name: x for name, x in parts.items() if name != received} | {ARENA: size}
+        for moment, parts in moments.items()
+    }
+
+
+def predict_memory(model: Model, cluster: Cluster, policy: Policy, tokens: int, limit: float = 0.0) -> Memory:
+    """For ``tokens`` per GPU. ``limit``: of copy engines' slots, see :func:`arena_limit`; 0: there are none."""
+    moments = _with_arena(_moments(model, cluster, policy, tokens), limit)
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     s = _sizes(model, tokens)
     away = max(0, model.layers - policy.keep_last)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from .hardware import GPUS_PER_NODE, LINKS, Gpu, Link
-from .memory import RESERVED, Memory, predict_memory
+from .memory import RESERVED, Memory, arena_limit, predict_memory
 from .models import Model
 from .policy import ACTIVATIONS, ATTENTION, METHODS, Cluster, Policy, exchanges
 from .step import Step, predict_step
@@ -75,7 +75,7 @@ def shard_of(context: int, gpus: int) -> int:
 def make_plan(model: Model, gpu: Gpu, cluster: Cluster, context: int, policy: Policy) -> Plan:
     """Whether it fits or not; ValueError for heads that do not divide."""
     tokens = shard_of(context, cluster.gpus)
-    memory = predict_memory(model, cluster, policy, tokens)
+    memory = predict_memory(model, cluster, policy, tokens, arena_limit(cluster, policy, gpu.memory_gib * 2**30))
     step = predict_step(model, gpu, cluster, policy, tokens)
     return Plan(model, gpu, cluster, context, policy, tokens, memory, step)
 
@@ -83,8 +83,10 @@ def make_plan(model: Model, gpu: Gpu, cluster: Cluster, context: int, policy: Po
 def longest(model: Model, gpu: Gpu, cluster: Cluster, policy: Policy, limit: int = 1 << 30) -> int:
     """The longest context that fits, in tokens, to 1/64 of itself; 0 if none does."""
 
+    arena = arena_limit(cluster, policy, gpu.memory_gib * 2**30)
+
     def fits(context: int) -> bool:
-        memory = predict_memory(model, cluster, policy, shard_of(context, cluster.gpus))
+        memory = predict_memory(model, cluster, policy, shard_of(context, cluster.gpus), arena)
         return memory.total <= capacity(gpu)
 
     unit = 1024 * cluster.gpus
