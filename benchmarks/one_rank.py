@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from seqpar_attn.mask import Mask
 from seqpar_attn.passes import backward_pass, forward_pass
 from seqpar_attn.plan import make_plan
 from seqpar_attn.schedule import Kind
+from seqpar_attn.testing.still import Still
 from seqpar_attn.validation import Call
 
 HEAD_START_CYCLES = 10_000_000  # about 5 ms
@@ -46,7 +47,7 @@ class _Copied:
         self.rank.host_seconds += time.perf_counter() - start
 
 
-class OneRank:
+class OneRank(Still):
     """Stands in for a group: what would come from a peer is copied from a buffer, on a side stream.
 
     ``transfers`` "device": copies inside this GPU's memory. They read and write as much of it as a rank that receives
@@ -56,10 +57,9 @@ class OneRank:
     """
 
     name = "one rank (simulated transfers)"
-    arena = None
 
     def __init__(self, world_size: int, rank: int, transfers: str):
-        self.world_size, self.local_ranks = world_size, (rank,)
+        super().__init__(world_size, (rank,))
         self.transfers = transfers
         self.stream, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
         # A copy between GPUs is ordered by the current streams of both; one more, so that the directions do not wait
@@ -69,7 +69,9 @@ class OneRank:
         self.host_seconds = 0.0
         """Host time spent in here, which is not that of the package."""
 
-    def exchange(self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]]) -> _Copied:
+    def exchange(  # type: ignore[override]
+        self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
+    ) -> _Copied:
         start = time.perf_counter()
         handle = self._exchange(sends, receives)
         self.host_seconds += time.perf_counter() - start
@@ -97,13 +99,6 @@ class OneRank:
             event = torch.cuda.Event()
             event.record()
         return _Copied(self, event)
-
-    def count_call(self) -> None:
-        pass
-
-    def agree(self, fields: Mapping[str, object], error: Exception | None) -> None:
-        if error is not None:
-            raise error
 
 
 @dataclass

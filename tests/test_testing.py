@@ -1,13 +1,21 @@
 """The testing tools themselves: ranks, failures, hangs; the error rule."""
 
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from seqpar_attn.comm.base import Communicator
 from seqpar_attn.testing import RankError, RankPool, assert_error_rule, error_report, run_ranks, run_ranks_outcomes
+from seqpar_attn.testing.still import Still
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import one_rank  # noqa: E402
 
 
 def _sum_of_ranks(rank, world_size, scale):
@@ -140,3 +148,11 @@ def test_error_rule_refuses_what_cannot_be_compared():
         assert_error_rule(torch.ones(2), torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="expected a baseline that is finite"):
         assert_error_rule(torch.ones(2), truth, torch.tensor([1.0, float("nan")]))
+
+
+def test_stand_ins_for_communicators_are_whole():
+    """Those that no test plays, because they need a GPU, are the benchmarks' and made of this one."""
+    wanted = {*Communicator.__annotations__, *(name for name in vars(Communicator) if not name.startswith("_"))}
+    assert wanted >= {"exchange", "open", "agree", "arena", "world_size"}
+    assert not [name for name in wanted if not hasattr(Still(4, [1]), name)]
+    assert issubclass(one_rank.OneRank, Still)
