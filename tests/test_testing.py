@@ -15,7 +15,7 @@ from seqpar_attn.testing.still import Still
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import one_rank  # noqa: E402
+import one_rank
 
 
 def _sum_of_ranks(rank, world_size, scale):
