@@ -60,7 +60,7 @@ SCHEMAS = {
     "throughput": Schema(
         1, ("gpus", "dry", "model", "peak"), {"rows": ("row", "context", "layers", "of_layers", "theirs", "machine")}
     ),
-    "ranks": Schema(3, ("gpus", "dry", "backend"), {"lengths": ("tokens_per_gpu", "machine", "rows")}, also=(2,)),
+    "ranks": Schema(4, ("gpus", "dry", "backend"), {"lengths": ("tokens_per_gpu", "machine", "rows")}, also=(2, 3)),
     "soak": Schema(
         1,
         ("machine", "ranks", "transport", "options"),

@@ -17,6 +17,7 @@ import many
 import torch
 import torch.distributed as dist
 from rank_contenders import PUSHED, REFERENCE, Contender, Data, Problem, errors, ours, peers, results
+from rank_waits import Log, waits
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
@@ -28,6 +29,8 @@ BATCH_MS = 10.0
 LIMIT = 2e-2
 """Of a relative difference between bfloat16 results; what is wrong is off by far more."""
 SINGLE = "one GPU"
+WAITING = "waiting alone"
+"""The time that computation stands still for transfers."""
 MEASURED_APART = (REFERENCE, f"{REFERENCE}, {PUSHED}", "dist_flash", f"dist_flash, {PUSHED}")
 """Whose transfers overlap with computation; Ulysses' exchanges stand before and after it."""
 LONGEST_APART = 65536
@@ -103,8 +106,10 @@ class Clock:
         return begin.elapsed_time(end), host
 
 
-def _once(clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...], calls: int) -> dict[str, float]:
-    """Forwards that follow each other, then their backwards; per call."""
+def _once(
+    clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...], calls: int, log: Log | None = None
+) -> dict[str, float]:
+    """Forwards that follow each other, then their backwards; per call. With ``log``, only what that says."""
     q, k, v, dout = tensors
     outs: list[torch.Tensor] = []
 
@@ -117,7 +122,11 @@ def _once(clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...],
             torch.autograd.grad(out, (q, k, v), dout)
 
     with contender.scope():
-        (there, host), (back, host_back) = clock(forward), clock(backward)
+        there, host = clock(forward)
+        first = len(log or ())
+        back, host_back = clock(backward)
+    if log is not None:
+        there, back, host, host_back = sum(x() for x in log[:first]), sum(x() for x in log[first:]), 0.0, 0.0
     return {
         "forward": there / calls, "backward": back / calls,
         "host forward": host / calls, "host backward": host_back / calls,
@@ -201,21 +210,27 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     for name, contender in found.items():
         turns[name] = (contender, data.of(contender), contextlib.nullcontext)
     for name in MEASURED_APART if problem.tokens <= LONGEST_APART else ():
-        for what, patch in (("computation alone", still), ("transfers alone", idle)):
+        for what, patch in (("computation alone", still), ("transfers alone", idle), (WAITING, waits)):
             turns[f"{name}, {what}"] = (found[name], data.of(found[name]), patch)
 
     def turn(name: str, calls: int) -> dict[str, float]:
         contender, tensors, patch = turns[name]
-        with patch():
-            return _once(clock, contender, tensors, calls)
+        with patch() as log:
+            return _once(clock, contender, tensors, calls, log)
 
     calls: dict[str, int] = {}
+    known: dict[str, float] = {}
     total = 0.0
     for name in turns:
-        ms = _agreed(sum(turn(name, 1).values()), device)
+        start = time.perf_counter()
+        turn(name, 1)
+        ms = _agreed((time.perf_counter() - start) * 1e3, device)
         if ms < 1e3:  # else what was compiled and allocated does not count
             once = turn(name, 1)
             ms = _agreed(once["forward"] + once["backward"], device)
+        if name.endswith(WAITING):  # it takes as long as the whole
+            ms = known[name.removesuffix(f", {WAITING}")]
+        known[name] = ms
         calls[name] = 1 if options.dry else int(min(8, max(1, BATCH_MS // max(ms, 1e-3))))
         total += ms * calls[name] + 12.0  # and the two head starts
     rounds = int(min(options.rounds, max(3, 1e3 * options.seconds // total)))

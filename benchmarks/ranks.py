@@ -7,10 +7,11 @@ Every contender is compared with our zigzag before it is timed, and zigzag with 
 "of ideal" is (one GPU's call on the whole sequence) / GPUs / (slowest rank of a round), the median over rounds in which
 all take turns. All GPUs run the one-GPU call at the same time, so that they share power and cooling as in the other
 rows; rank 0's time counts. Beyond --longest-single tokens the call is on so many only, and its time is multiplied by
-the square of what is missing; such rows say "computed". "hidden" is 1 - (time - the same schedule with nothing moved) /
-(the same schedule with nothing computed): the share of the transfers' own time that does not lengthen the step.
-"host ms" is what Python and the driver's calls take per call, the slowest rank's. "copy engines" is the symmetric
-transport.
+the square of what is missing; such rows say "computed". "hidden" is 1 - (the time that a rank's computation stands
+still for transfers) / (the same schedule with nothing computed): the share of the transfers' own time that is not
+waited for. "computation ms" is that of the same schedule with nothing moved; from it a step differs by the cards'
+power, too. "host ms" is what Python and the driver's calls take per call, the slowest rank's. "copy engines" is the
+symmetric transport.
 Peers: ring-flash-attention, where it is installed (benchmarks/flash_attn_stand_in.py), and torch's context_parallel.
 A length that --out has is left out, unless --force.
 """
@@ -31,7 +32,7 @@ import many
 import torch
 from files import known, stamp, write
 from rank_contenders import REFERENCE, Problem
-from rank_times import SINGLE, Options, run
+from rank_times import SINGLE, WAITING, Options, run
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -77,15 +78,17 @@ def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
             if f"{name}, computation alone" in apart:
                 alone = _slowest(ranks, f"{name}, computation alone")[direction]
                 moved = _slowest(ranks, f"{name}, transfers alone")[direction]
+                waited = _slowest(ranks, f"{name}, {WAITING}")[direction]
                 row["computation_ms"], row["transfers_ms"] = statistics.median(alone), statistics.median(moved)
-                row["hidden"] = statistics.median(1 - max(x - y, 0) / z for x, y, z in zip(ms, alone, moved))
+                row["waiting_ms"] = statistics.median(waited)
+                row["hidden"] = statistics.median(1 - x / y for x, y in zip(waited, moved))
             found.append(row)
     return found
 
 
 def render(payload: dict[str, Any]) -> str:
     header = ["tokens/GPU", "method", "direction", "ideal ms", "slowest rank ms (spread)", "of ideal", "TFLOP/s/GPU"]
-    header += ["time / zigzag's", "host ms", "computation ms", "transfers ms", "hidden"]
+    header += ["time / zigzag's", "host ms", "computation ms", "transfers ms", "waiting ms", "hidden"]
     lines, notes = [], []
     for length in payload["lengths"]:
         tokens = str(length["tokens_per_gpu"])
@@ -96,7 +99,10 @@ def render(payload: dict[str, Any]) -> str:
             cells += [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})", f"{100 * x['of_ideal']:.1f}%"]
             cells += [f"{x['tflops_per_gpu']:.0f}", f"{x['of_zigzag']:.3f}", f"{x['host_ms']:.2f}"]
             if "hidden" in x:
-                cells += [f"{x['computation_ms']:.2f}", f"{x['transfers_ms']:.2f}", f"{100 * x['hidden']:.1f}%"]
+                cells += [
+                    f"{x[key]:.2f}" if key in x else "" for key in ("computation_ms", "transfers_ms", "waiting_ms")
+                ]
+                cells += [f"{100 * x['hidden']:.1f}%"]
             lines.append(cells + [""] * (len(header) - len(cells)))
         notes.append(f"{tokens} tokens per GPU, {length['rounds']} rounds: {describe(length['machine'])}")
         worst = ", ".join(f"{name} {max(x):.1e}" for name, x in length["checks"].items())

@@ -85,22 +85,24 @@ def test_stand_in_for_flash_attn(causal):
 def test_rows():
     """Two rounds of two ranks, by hand: the slowest rank of a round counts."""
 
-    def rank(zigzag, alone, moved):
+    def rank(zigzag, alone, moved, waited):
         def times(x):
             host = {"host forward": [0.1, 0.1], "host backward": [0.2, 0.2]}
             return {"forward": [x, x], "backward": [2 * x, 2 * x], **host}
 
         extra = {"zigzag, computation alone": times(alone), "zigzag, transfers alone": times(moved)}
+        extra["zigzag, waiting alone"] = times(waited)
         return {"times": {"one GPU": times(8.0), "zigzag": times(zigzag), **extra}, "single_tokens": 16}
 
     problem = Problem(16, 2, 2, 8, torch.bfloat16, "auto")
-    found = ranks.rows([rank(20.0, 19.0, 2.0), rank(18.0, 16.0, 4.0)], problem)
+    found = ranks.rows([rank(20.0, 19.0, 2.0, 0.5), rank(18.0, 16.0, 4.0, 0.25)], problem)
     both = next(x for x in found if x["direction"] == "both")
     assert both["ideal"] == "computed"  # one GPU attended 16 of 32 tokens
     assert both["host_ms"] == pytest.approx(0.3)
     assert both["ideal_ms"] == pytest.approx(24.0 * 4 / 2) and both["slowest_ms"]["median"] == 60.0
     assert both["of_ideal"] == pytest.approx(0.8)
-    assert both["hidden"] == pytest.approx(1 - (60.0 - 57.0) / 12.0)
+    assert both["waiting_ms"] == pytest.approx(1.5)
+    assert both["hidden"] == pytest.approx(1 - 1.5 / 12.0)
 
 
 @pytest.mark.parametrize(
