@@ -6,6 +6,7 @@ address, and must compute what one device does.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -73,7 +74,7 @@ def meet(rank, ranks, folder: Path, name: str, timeout=TIMEOUT):
     (folder / f"{name}{rank}").touch()
     wait_for([folder / f"{name}{other}" for other in ranks], 60)  # an old store must be gone before anyone looks for it
     address = f"tcp://127.0.0.1:{(folder / 'port').read_text()}"
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)  # of meeting, too: gloo never looks at another one
     for attempt in range(21):
         try:
             dist.init_process_group("gloo", address, limit, rank=ranks.index(rank), world_size=len(ranks))
@@ -217,10 +218,21 @@ def store_stops(rank, world_size, folder: Path, x):
 # The tests -----------------------------------------------------------------------------------------------------------
 
 
+_ports = itertools.cycle(range(1000))
+
+
+def free_port():
+    """One that no other worker of pytest-xdist takes, and no connection by itself."""
+    first = 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in (first + next(_ports) for _ in range(1000)):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 def play(pool, function, folder, *args):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
+    (folder / "port").write_text(str(free_port()))
     return pool.outcomes(function, folder, *args, timeout=90)
 
 
