@@ -69,7 +69,7 @@ class OneRank(Still):
         self.host_seconds = 0.0
         """Host time spent in here, which is not that of the package."""
 
-    def exchange(  # type: ignore[override]
+    def exchange(
         self, sends: Sequence[Sequence[Message]], receives: Sequence[Sequence[Message]], *, slow: bool = False
     ) -> _Copied:
         start = time.perf_counter()

@@ -17,7 +17,7 @@ import many
 import torch
 import torch.distributed as dist
 from rank_contenders import PUSHED, REFERENCE, Contender, Data, Problem, errors, ours, peers, results
-from rank_waits import Log, waits
+from rank_waits import Log, Waits
 
 import seqpar_attn
 from seqpar_attn import autograd, kernels
@@ -29,8 +29,8 @@ BATCH_MS = 10.0
 LIMIT = 2e-2
 """Of a relative difference between bfloat16 results; what is wrong is off by far more."""
 SINGLE = "one GPU"
-WAITING = "waiting alone"
-"""The time that computation stands still for transfers."""
+WATCHED = "watched alone"
+"""A whole call that says how long its computation stands still for transfers."""
 MEASURED_APART = (REFERENCE, f"{REFERENCE}, {PUSHED}", "dist_flash", f"dist_flash, {PUSHED}")
 """Whose transfers overlap with computation; Ulysses' exchanges stand before and after it."""
 LONGEST_APART = 65536
@@ -49,22 +49,33 @@ class Options:
 OURS = (*MEASURED_APART, "ulysses", "usp")
 
 
-def _still(like: Any) -> Still:
-    """What is left is a rank's computation, on what the buffers hold."""
-    return Still(like.world_size, like.local_ranks)
-
-
 _IDLE = Idle()
 
 
 @contextlib.contextmanager
-def still() -> Iterator[None]:
+def _communicators(made_of: Callable[[Any, torch.device], Any]) -> Iterator[None]:
+    """Others than the real ones, made of these."""
     real = autograd.communicator
-    autograd.communicator = lambda name, device: _still(real(name, device))  # type: ignore[assignment,return-value]
+    autograd.communicator = lambda name, device: made_of(real(name, device), device)  # type: ignore[assignment]
     try:
         yield
     finally:
         autograd.communicator = real
+
+
+@contextlib.contextmanager
+def still() -> Iterator[None]:
+    """What is left is a rank's computation, on what the buffers hold."""
+    with _communicators(lambda real, _: Still(real.world_size, real.local_ranks)):
+        yield
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Log]:
+    """The waits of all passes that are played inside, in their order."""
+    log: Log = []
+    with _communicators(lambda real, device: Waits(real, log, device)):
+        yield log
 
 
 @contextlib.contextmanager
@@ -109,7 +120,7 @@ class Clock:
 def _once(
     clock: Clock, contender: Contender, tensors: tuple[torch.Tensor, ...], calls: int, log: Log | None = None
 ) -> dict[str, float]:
-    """Forwards that follow each other, then their backwards; per call. With ``log``, only what that says."""
+    """Forwards that follow each other, then their backwards; per call. ``log``: of waits, which count apart, too."""
     q, k, v, dout = tensors
     outs: list[torch.Tensor] = []
 
@@ -125,12 +136,14 @@ def _once(
         there, host = clock(forward)
         first = len(log or ())
         back, host_back = clock(backward)
-    if log is not None:
-        there, back, host, host_back = sum(x() for x in log[:first]), sum(x() for x in log[first:]), 0.0, 0.0
-    return {
+    found = {
         "forward": there / calls, "backward": back / calls,
         "host forward": host / calls, "host backward": host_back / calls,
     }  # fmt: skip
+    if log is not None:
+        waited = sum(x() for x in log[:first]), sum(x() for x in log[first:])
+        found |= {"waited forward": waited[0] / calls, "waited backward": waited[1] / calls}
+    return found
 
 
 def _agreed(value: float, device: torch.device) -> float:
@@ -210,7 +223,7 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
     for name, contender in found.items():
         turns[name] = (contender, data.of(contender), contextlib.nullcontext)
     for name in MEASURED_APART if problem.tokens <= LONGEST_APART else ():
-        for what, patch in (("computation alone", still), ("transfers alone", idle), (WAITING, waits)):
+        for what, patch in (("computation alone", still), ("transfers alone", idle), (WATCHED, watched)):
             turns[f"{name}, {what}"] = (found[name], data.of(found[name]), patch)
 
     def turn(name: str, calls: int) -> dict[str, float]:
@@ -219,18 +232,12 @@ def run(rank: int, ranks: int, problem: Problem, options: Options) -> dict[str, 
             return _once(clock, contender, tensors, calls, log)
 
     calls: dict[str, int] = {}
-    known: dict[str, float] = {}
     total = 0.0
     for name in turns:
-        start = time.perf_counter()
-        turn(name, 1)
-        ms = _agreed((time.perf_counter() - start) * 1e3, device)
+        ms = _agreed(sum(turn(name, 1).values()), device)
         if ms < 1e3:  # else what was compiled and allocated does not count
             once = turn(name, 1)
             ms = _agreed(once["forward"] + once["backward"], device)
-        if name.endswith(WAITING):  # it takes as long as the whole
-            ms = known[name.removesuffix(f", {WAITING}")]
-        known[name] = ms
         calls[name] = 1 if options.dry else int(min(8, max(1, BATCH_MS // max(ms, 1e-3))))
         total += ms * calls[name] + 12.0  # and the two head starts
     rounds = int(min(options.rounds, max(3, 1e3 * options.seconds // total)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import common  # noqa: F401  (first: finds the checkout)
 import torch
-
-from seqpar_attn import autograd
 
 Log = list[Callable[[], float]]
 """Milliseconds of each wait, to be asked for when the device has done it."""
@@ -34,25 +31,14 @@ class _Timed:
         self.log.append(lambda: begin.elapsed_time(end))
 
 
-class _Waits:
-    """A communicator whose transfers say how long they were waited for."""
+class Waits:
+    """A communicator whose transfers say in ``log`` how long they were waited for."""
 
-    def __init__(self, real: Any, log: Log, cuda: bool):
-        self._real, self._log, self._cuda = real, log, cuda
+    def __init__(self, real: Any, log: Log, device: torch.device):
+        self._real, self._log, self._cuda = real, log, device.type == "cuda"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
     def exchange(self, *args: Any, **more: Any) -> _Timed:
         return _Timed(self._real.exchange(*args, **more), self._log, self._cuda)
-
-
-@contextlib.contextmanager
-def waits() -> Iterator[Log]:
-    """The waits of all passes of this process that are played inside, in their order."""
-    real, log = autograd.communicator, []  # type: ignore[var-annotated]
-    autograd.communicator = lambda name, device: _Waits(real(name, device), log, device.type == "cuda")  # type: ignore[assignment,return-value]
-    try:
-        yield log
-    finally:
-        autograd.communicator = real

@@ -32,19 +32,19 @@ import many
 import torch
 from files import known, stamp, write
 from rank_contenders import REFERENCE, Problem
-from rank_times import SINGLE, WAITING, Options, run
+from rank_times import SINGLE, WATCHED, Options, run
 
 DIRECTIONS = ("forward", "backward", "both")
 
 
 def _slowest(ranks: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
     """Per round."""
-    own = [rank["times"][name] for rank in ranks]
-    found = {direction: [max(x) for x in zip(*(times[direction] for times in own))] for direction in own[0]}
-    # A rank's two directions add up; the slowest in one need not be the slowest in the other.
-    both = [[a + b for a, b in zip(times["forward"], times["backward"])] for times in own]
-    found["host both"] = [a + b for a, b in zip(found["host forward"], found["host backward"])]
-    return found | {"both": [max(x) for x in zip(*both)]}
+    own = [dict(rank["times"][name]) for rank in ranks]
+    for times in own:
+        # A rank's two directions add up; the slowest in one need not be the slowest in the other.
+        for what in [name.removesuffix("forward") for name in times if name.endswith("forward")]:
+            times[f"{what}both"] = [a + b for a, b in zip(times[f"{what}forward"], times[f"{what}backward"])]
+    return {name: [max(x) for x in zip(*(times[name] for times in own))] for name in own[0]}
 
 
 def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
@@ -78,10 +78,10 @@ def rows(ranks: list[dict[str, Any]], problem: Problem) -> list[dict[str, Any]]:
             if f"{name}, computation alone" in apart:
                 alone = _slowest(ranks, f"{name}, computation alone")[direction]
                 moved = _slowest(ranks, f"{name}, transfers alone")[direction]
-                waited = _slowest(ranks, f"{name}, {WAITING}")[direction]
+                waited = _slowest(ranks, f"{name}, {WATCHED}")[f"waited {direction}"]
                 row["computation_ms"], row["transfers_ms"] = statistics.median(alone), statistics.median(moved)
                 row["waiting_ms"] = statistics.median(waited)
-                row["hidden"] = statistics.median(1 - x / y for x, y in zip(waited, moved))
+                row["not_waited_for"] = statistics.median(1 - x / y for x, y in zip(waited, moved))
             found.append(row)
     return found
 
@@ -98,11 +98,9 @@ def render(payload: dict[str, Any]) -> str:
             cells += [f"{x['ideal_ms']:.2f}{' computed' if x['ideal'] == 'computed' else ''}"]
             cells += [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})", f"{100 * x['of_ideal']:.1f}%"]
             cells += [f"{x['tflops_per_gpu']:.0f}", f"{x['of_zigzag']:.3f}", f"{x['host_ms']:.2f}"]
-            if "hidden" in x:
-                cells += [
-                    f"{x[key]:.2f}" if key in x else "" for key in ("computation_ms", "transfers_ms", "waiting_ms")
-                ]
-                cells += [f"{100 * x['hidden']:.1f}%"]
+            if "not_waited_for" in x:
+                cells += [f"{x[key]:.2f}" for key in ("computation_ms", "transfers_ms", "waiting_ms")]
+                cells += [f"{100 * x['not_waited_for']:.1f}%"]
             lines.append(cells + [""] * (len(header) - len(cells)))
         notes.append(f"{tokens} tokens per GPU, {length['rounds']} rounds: {describe(length['machine'])}")
         worst = ", ".join(f"{name} {max(x):.1e}" for name, x in length["checks"].items())

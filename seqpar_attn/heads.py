@@ -71,6 +71,7 @@ class _Parts:
                     sends[i].append((peer, part(number, i, peer)))
                     receives[i].append((peer, x[i, peer]))
                     targets[i].append((peer, x[i, rank]))
+        self.comm.open(False)
         if not any(sends):
             return
         more: dict[str, Any] = {}
@@ -105,7 +106,6 @@ def to_heads(
         all_slots.append((slots, copies))
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
-        comm.open(False)
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
         parts.fill(lambda number, i, peer: _heads_of(shards[number][:, :, i], peer, *all_slots[number]), call)
         whole = [[parts.out(_in_order(x, layout)) for x in each] for each in parts.tensors]
@@ -138,7 +138,6 @@ def to_tokens(
         shapes.append(((batch, rows, length // world_size, slots, headdim), x.dtype))
 
     def exchange(arena: Arena | None) -> list[torch.Tensor]:
-        comm.open(False)
         parts = _Parts(comm, arena, shapes, tensors[0][0].device)
         parts.fill(lambda number, i, peer: layout.shard(whole[number][i], peer, 2), call)
         results = []

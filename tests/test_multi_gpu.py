@@ -44,7 +44,7 @@ def test_ranks(tmp_path):
         assert peers <= methods | set(length["absent"])  # each takes part, or it is said why not
         assert all(max(x) < 2e-2 for x in length["checks"].values())
         assert {"dist_flash", "ulysses", "one GPU"} <= set(length["checks"])
-        assert all("hidden" in x for x in length["rows"] if x["method"] == "zigzag")
+        assert all("not_waited_for" in x for x in length["rows"] if x["method"] == "zigzag")
     settings = {key: value for key, value in found.items() if key != "lengths"}
     path = tmp_path / "dry-ranks-2.json"
     assert ranks.earlier(path, settings) == found  # another run would have nothing left to do
@@ -86,12 +86,12 @@ def test_rows():
     """Two rounds of two ranks, by hand: the slowest rank of a round counts."""
 
     def rank(zigzag, alone, moved, waited):
-        def times(x):
+        def times(x, what=""):
             host = {"host forward": [0.1, 0.1], "host backward": [0.2, 0.2]}
-            return {"forward": [x, x], "backward": [2 * x, 2 * x], **host}
+            return {f"{what}forward": [x, x], f"{what}backward": [2 * x, 2 * x], **host}
 
         extra = {"zigzag, computation alone": times(alone), "zigzag, transfers alone": times(moved)}
-        extra["zigzag, waiting alone"] = times(waited)
+        extra["zigzag, watched alone"] = times(waited, "waited ")
         return {"times": {"one GPU": times(8.0), "zigzag": times(zigzag), **extra}, "single_tokens": 16}
 
     problem = Problem(16, 2, 2, 8, torch.bfloat16, "auto")
@@ -102,7 +102,7 @@ def test_rows():
     assert both["ideal_ms"] == pytest.approx(24.0 * 4 / 2) and both["slowest_ms"]["median"] == 60.0
     assert both["of_ideal"] == pytest.approx(0.8)
     assert both["waiting_ms"] == pytest.approx(1.5)
-    assert both["hidden"] == pytest.approx(1 - 1.5 / 12.0)
+    assert both["not_waited_for"] == pytest.approx(1 - 1.5 / 12.0)
 
 
 @pytest.mark.parametrize(
